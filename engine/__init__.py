@@ -1,0 +1,1 @@
+"""The auction timer core: a pure fold (`domain`), its outside forms (`contract`), and the shell that commits it."""

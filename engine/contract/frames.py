@@ -1,0 +1,101 @@
+"""The event lane: which frames and outbound events a decision announces, and what they carry.
+
+An entry of `auction:updates:{k}` is written by the commit, before anyone knows its stream id or when a gateway will send
+it. So it holds everything but `cursor`; a gateway adds that, and the time of sending, once per frame.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from engine.contract.timers import TimerRecord, timer
+from engine.domain.decide import Decision, Fact
+from engine.domain.instants import EpochMs
+
+TIMER_STARTED: Final = "timer.started"
+TIMER_CLOSING: Final = "timer.closing"
+TIMER_EXTENDED: Final = "timer.extended"
+TIMER_RESCHEDULED: Final = "timer.rescheduled"
+TIMER_PAUSED: Final = "timer.paused"
+TIMER_RESUMED: Final = "timer.resumed"
+TIMER_ENDED: Final = "timer.ended"
+TIMER_CANCELLED: Final = "timer.cancelled"
+BID_ACCEPTED: Final = "bid.accepted"
+
+OVER: Final = frozenset({TIMER_ENDED, TIMER_CANCELLED})
+"""After one of these nothing more will come: the socket is closed with 4000."""
+
+ANALYTICS_STARTED: Final = "auction_timer_started"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One entry of the event lane. `body` is a JSON object."""
+
+    type: str
+    auction_id: str
+    version: int
+    body: bytes
+
+
+def is_frame(update_type: str) -> bool:
+    """Whether an entry goes to sockets; the others are for the outbound event bus only."""
+    return update_type.startswith(("timer.", "bid."))
+
+
+_FRAME_OF: Final[dict[Fact, str]] = {
+    Fact.STARTED: TIMER_STARTED,
+    Fact.CLOSING: TIMER_CLOSING,
+    Fact.EXTENDED: TIMER_EXTENDED,
+    Fact.RESCHEDULED: TIMER_RESCHEDULED,
+    Fact.PAUSED: TIMER_PAUSED,
+    Fact.RESUMED: TIMER_RESUMED,
+    Fact.ENDED: TIMER_ENDED,
+    Fact.CANCELLED: TIMER_CANCELLED,
+}
+
+_ADDED: Final[dict[Fact, tuple[str, ...]]] = {
+    Fact.EXTENDED: ("previous_ends_at", "bid_id", "clipped_by"),
+    Fact.RESCHEDULED: ("previous_ends_at", "reason"),
+    Fact.RESUMED: ("previous_ends_at", "reason"),
+    Fact.PAUSED: ("reason",),
+    Fact.CANCELLED: ("reason",),
+}
+
+
+def announce(
+    decision: Decision, record: TimerRecord, *, trace_id: str, correlation_id: str, now: EpochMs
+) -> list[Update]:
+    """The updates that `decision` announces, in order. `record` is the auction after it."""
+    fact = decision.fact
+    head: dict[str, Any] = {
+        "auction_id": record.auction.auction_id,
+        "server_time": now,
+        "trace_id": trace_id,
+        "correlation_id": correlation_id,
+        "occurred_at": decision.at,
+    }
+    updates: list[Update] = []
+    if fact is Fact.BID_ACCEPTED or fact is Fact.EXTENDED:
+        updates.append(_update(BID_ACCEPTED, record, head | _bid(decision)))
+    if fact is not None and (frame := _FRAME_OF.get(fact)) is not None:
+        added = {name: decision.details.get(name) for name in _ADDED.get(fact, ())}
+        updates.append(_update(frame, record, head | added | {"timer": timer(record, now, None)}))
+    if fact is Fact.STARTED:
+        updates.append(_update(ANALYTICS_STARTED, record, head))
+    return updates
+
+
+def _bid(decision: Decision) -> dict[str, Any]:
+    details = decision.details
+    added: dict[str, Any] = {name: details.get(name) for name in ("bid_id", "amount_minor", "currency", "bidder_id")}
+    added["extended"] = decision.fact is Fact.EXTENDED
+    if details.get("clipped_by") is not None:
+        added["clipped_by"] = details["clipped_by"]
+    return added
+
+
+def _update(update_type: str, record: TimerRecord, body: dict[str, Any]) -> Update:
+    auction = record.auction
+    return Update(update_type, auction.auction_id, auction.version, orjson.dumps({"type": update_type} | body))

@@ -1,0 +1,283 @@
+"""Input events on their way from the gateway to the fold.
+
+The gateway validates what producers send (two envelopes, many spellings of a date) and writes the *normalised* body
+defined here; the engine reads that body back without trusting it, because anyone with access to Redis can add an entry.
+A body that cannot be read is poison: `SchemaError` says what is wrong, the entry goes to troubleshooting, the stream
+goes on (requirement R29).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import orjson
+
+from engine.domain.auction import Offer, Registration
+from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume
+from engine.domain.instants import EPOCH_MS_MAX, EpochMs
+from engine.domain.policy import ExtendsOn, ExtensionMode, Policy
+
+AUCTION_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+TEXT_CHARS_MAX: Final = 500
+BODY_BYTES_MAX: Final = 65_536
+# Amounts are only handed on, but they cross JSON readers that hold integers as doubles.
+AMOUNT_MINOR_MAX: Final = 2**53 - 1
+DELEGATES_MAX: Final = 100
+
+
+class EventType(StrEnum):
+    """The event types the intake knows."""
+
+    AUCTION_STARTED = "offers.auction.started"
+    BID_ACCEPTED = "auctions.bid.accepted"
+    OFFER_CANCELLED = "offers.cancellation.completed"
+    CANCEL_REQUESTED = "auctions.cancel.requested"
+    PAUSE_REQUESTED = "auctions.pause.requested"
+    RESUME_REQUESTED = "auctions.resume.requested"
+    SCHEDULE_CHANGED = "auctions.schedule.changed"
+
+
+class SchemaError(ValueError):
+    """An intake body cannot be read. The message names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who asked."""
+
+    type: str
+    id: str
+
+
+SCHEDULER: Final = Actor("system", "scheduler")
+ANONYMOUS: Final = Actor("service", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What accompanies an event and is kept in the record of what it did."""
+
+    event_id: str
+    event_type: str
+    trace_id: str
+    correlation_id: str
+    actor: Actor
+    reply_to: str | None = None
+    occurred_at: EpochMs | None = None
+    """When the producer says it happened: only ever measured (requirement R31), never decided on."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeEvent:
+    """A readable input event. Exactly one of `auction_id` and `offer_id` says what it is about."""
+
+    context: Context
+    event: InputEvent
+    auction_id: str | None
+    offer_id: str | None = None
+
+
+def encode(event: IntakeEvent) -> bytes:
+    """The normalised body of an event, as JSON."""
+    context = event.context
+    body: dict[str, object] = {
+        "type": context.event_type,
+        "auction_id": event.auction_id,
+        "offer_id": event.offer_id,
+        "trace_id": context.trace_id,
+        "correlation_id": context.correlation_id,
+        "actor": {"type": context.actor.type, "id": context.actor.id},
+        "reply_to": context.reply_to,
+        "occurred_at": context.occurred_at,
+        "detail": _detail(event.event),
+    }
+    return orjson.dumps(body)
+
+
+def _detail(event: InputEvent) -> object:
+    if isinstance(event, Register):
+        registration = event.registration
+        return {
+            "starts_at": registration.starts_at,
+            "ends_at": registration.ends_at,
+            "policy": registration.policy,
+            "offer": registration.offer,
+        }
+    return event
+
+
+def decode(event_id: str, body: bytes) -> IntakeEvent:
+    """Read a normalised body back.
+
+    Raises:
+        SchemaError: it is not JSON, of an unknown type, or a field is missing or wrong.
+    """
+    if len(body) > BODY_BYTES_MAX:
+        raise SchemaError(f"body is {len(body)} bytes, at most {BODY_BYTES_MAX} are read")
+    try:
+        raw = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise SchemaError(f"body is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise SchemaError("body is not an object")
+    fields = _Fields(raw, "")
+    event_type = fields.text("type")
+    build = _BUILD.get(event_type)
+    if build is None:
+        raise SchemaError(f"type {event_type[:100]!r} is unknown")
+    auction_id = fields.text_or_none("auction_id")
+    offer_id = fields.text_or_none("offer_id") if event_type == EventType.OFFER_CANCELLED else None
+    if auction_id is None and offer_id is None:
+        raise SchemaError("auction_id is missing")
+    if auction_id is not None and not AUCTION_ID.fullmatch(auction_id):
+        raise SchemaError("auction_id is not 1-128 of A-Z a-z 0-9 . _ : -")
+    actor = fields.fields("actor")
+    context = Context(
+        event_id=event_id,
+        event_type=event_type,
+        trace_id=fields.text("trace_id"),
+        correlation_id=fields.text("correlation_id"),
+        actor=Actor(actor.text("type"), actor.text("id")),
+        reply_to=fields.text_or_none("reply_to"),
+        occurred_at=fields.instant_or_none("occurred_at"),
+    )
+    event = build(auction_id or "", fields.fields("detail"))
+    return IntakeEvent(context, event, auction_id, None if auction_id is not None else offer_id)
+
+
+class _Fields:
+    """Typed access to one JSON object; every failure names the path."""
+
+    __slots__ = ("_path", "_raw")
+
+    def __init__(self, raw: Mapping[str, Any], path: str) -> None:
+        self._raw = raw
+        self._path = path
+
+    def _wrong(self, name: str, wanted: str) -> SchemaError:
+        return SchemaError(f"{self._path}{name} is not {wanted}")
+
+    def fields(self, name: str) -> "_Fields":
+        value = self._raw.get(name)
+        if not isinstance(value, dict):
+            raise self._wrong(name, "an object")
+        return _Fields(value, f"{self._path}{name}.")
+
+    def text(self, name: str) -> str:
+        value = self._raw.get(name)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a string")
+        return value
+
+    def text_or_none(self, name: str) -> str | None:
+        return None if self._raw.get(name) is None else self.text(name)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self._raw.get(name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(name, "a list of strings")
+        return tuple(value)
+
+    def integer(self, name: str) -> int:
+        value = self._raw.get(name)
+        if type(value) is not int:
+            raise self._wrong(name, "an integer")
+        return value
+
+    def integer_or_none(self, name: str) -> int | None:
+        return None if self._raw.get(name) is None else self.integer(name)
+
+    def instant(self, name: str) -> EpochMs:
+        value = self.integer(name)
+        if not 0 < value <= EPOCH_MS_MAX:
+            raise self._wrong(name, f"an instant in 1..{EPOCH_MS_MAX}")
+        return EpochMs(value)
+
+    def instant_or_none(self, name: str) -> EpochMs | None:
+        return None if self._raw.get(name) is None else self.instant(name)
+
+    def flag(self, name: str) -> bool:
+        value = self._raw.get(name)
+        if type(value) is not bool:
+            raise self._wrong(name, "true or false")
+        return value
+
+
+def read_policy(raw: Mapping[str, Any]) -> Policy:
+    """A policy from its JSON object.
+
+    Raises:
+        SchemaError: a field is missing, wrong or out of its bounds.
+    """
+    fields = _Fields(raw, "policy.")
+    try:
+        return Policy(
+            soft_close_window_ms=fields.integer("soft_close_window_ms"),
+            extension_ms=fields.integer("extension_ms"),
+            mode=ExtensionMode(fields.text("mode")),
+            total_cap_ms=fields.integer("total_cap_ms"),
+            max_extensions=fields.integer_or_none("max_extensions"),
+            extends_on=ExtendsOn(fields.text("extends_on")),
+            tick_interval_ms=fields.integer("tick_interval_ms"),
+        )
+    except SchemaError:
+        raise
+    except ValueError as error:
+        raise SchemaError(f"policy: {error}") from None
+
+
+def read_offer(raw: Mapping[str, Any]) -> Offer:
+    """An offer from its JSON object.
+
+    Raises:
+        SchemaError: a field is missing or wrong.
+    """
+    fields = _Fields(raw, "offer.")
+    return Offer(
+        offer_id=fields.text_or_none("offer_id"),
+        owner_id=fields.text_or_none("owner_id"),
+        maker_id=fields.text_or_none("maker_id"),
+        buyer_id=fields.text_or_none("buyer_id"),
+        maker_delegate_ids=fields.texts("maker_delegate_ids"),
+        offer_created_at=fields.instant_or_none("offer_created_at"),
+        modification_window_minutes=fields.integer_or_none("modification_window_minutes"),
+        amount_minor=fields.integer_or_none("amount_minor"),
+        currency=fields.text_or_none("currency"),
+        auto_reject_threshold_minor=fields.integer_or_none("auto_reject_threshold_minor"),
+    )
+
+
+def _register(auction_id: str, detail: _Fields) -> Register:
+    policy = read_policy(detail.fields("policy")._raw)  # noqa: SLF001 - the same class
+    offer = read_offer(detail.fields("offer")._raw)  # noqa: SLF001
+    starts_at, ends_at = detail.instant("starts_at"), detail.instant("ends_at")
+    try:
+        return Register(Registration(auction_id, starts_at, ends_at, policy, offer))
+    except ValueError as error:
+        raise SchemaError(str(error)) from None
+
+
+def _bid(_auction_id: str, detail: _Fields) -> Bid:
+    return Bid(
+        bid_id=detail.text("bid_id"),
+        amount_minor=detail.integer_or_none("amount_minor"),
+        currency=detail.text_or_none("currency"),
+        bidder_id=detail.text_or_none("bidder_id"),
+        leader_changed=detail.flag("leader_changed"),
+        origin=detail.text_or_none("origin"),
+    )
+
+
+_BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent]]] = {
+    EventType.AUCTION_STARTED: _register,
+    EventType.BID_ACCEPTED: _bid,
+    EventType.OFFER_CANCELLED: lambda _id, detail: Cancel(detail.text("reason")),
+    EventType.CANCEL_REQUESTED: lambda _id, detail: Cancel(detail.text("reason")),
+    EventType.PAUSE_REQUESTED: lambda _id, detail: Pause(detail.text_or_none("reason")),
+    EventType.RESUME_REQUESTED: lambda _id, detail: Resume(detail.text_or_none("reason")),
+    EventType.SCHEDULE_CHANGED: lambda _id, detail: Reschedule(
+        detail.instant("ends_at"), detail.text_or_none("reason")
+    ),
+}

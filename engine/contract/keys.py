@@ -1,0 +1,70 @@
+"""Redis names. All keys of shard `k` share the hash tag `{k}`, so a script never leaves one slot (Redis Cluster)."""
+
+from dataclasses import dataclass
+from typing import Final
+from zlib import crc32
+
+META: Final = "auction:meta"
+"""Hash: `shards`, `schema`. Written once, when a deployment is first started."""
+
+SHARDS_MAX: Final = 1024
+
+
+def shard_of(auction_id: str, shards: int) -> int:
+    """The shard an auction lives in: CRC-32 of its id, so that every language finds it with its standard library."""
+    return crc32(auction_id.encode()) % shards
+
+
+def replies(reply_to: str) -> str:
+    """The stream on which the one who asked for a reply waits."""
+    return f"auction:replies:{reply_to}"
+
+
+def engine_metrics(instance: str) -> str:
+    """Where an engine leaves its heartbeat for `/readyz` and for people."""
+    return f"auction:engine:{instance}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKeys:
+    """The names of one shard, built once."""
+
+    shard: int
+    events: str
+    updates: str
+    audit: str
+    ticks: str
+    deadlines: str
+    paused: str
+    closed: str
+    offers: str
+    troubleshooting: str
+    lease: str
+    cursor: str
+    timer_prefix: str
+    seen_prefix: str
+
+    @classmethod
+    def of(cls, shard: int) -> "ShardKeys":
+        """The names of shard number `shard`."""
+        tag = f"{{{shard}}}"
+        return cls(
+            shard=shard,
+            events=f"auction:events:{tag}",
+            updates=f"auction:updates:{tag}",
+            audit=f"auction:audit:{tag}",
+            ticks=f"auction:ticks:{tag}",
+            deadlines=f"auction:deadlines:{tag}",
+            paused=f"auction:paused:{tag}",
+            closed=f"auction:closed:{tag}",
+            offers=f"auction:offers:{tag}",
+            troubleshooting=f"auction:troubleshooting:{tag}",
+            lease=f"auction:lease:{tag}",
+            cursor=f"auction:cursor:{tag}",
+            timer_prefix=f"auction:timer:{tag}:",
+            seen_prefix=f"auction:seen:{tag}:",
+        )
+
+    def timer(self, auction_id: str) -> str:
+        """The hash of one auction."""
+        return self.timer_prefix + auction_id

@@ -1,0 +1,213 @@
+"""One auction in Redis and on the wire: the hash `auction:timer:{k}:<id>`, the `Timer` object and the `TimerTick`.
+
+Every moving value is a plain field of the hash, readable by a person with `HGETALL`; what the registration froze is two
+JSON fields, `policy` and `offer`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from engine.contract.intake import read_offer, read_policy
+from engine.domain.auction import Auction, Registration
+from engine.domain.instants import EpochMs
+from engine.domain.lifecycle import Status
+from engine.domain.policy import Cap
+
+FIELDS: Final = (
+    "auction_id",
+    "status",
+    "version",
+    "starts_at",
+    "ends_at",
+    "original_ends_at",
+    "extension_count",
+    "clipped_by",
+    "paused_at",
+    "paused_from",
+    "paused_total_ms",
+    "ended_at",
+    "cancelled_at",
+    "reason",
+    "policy",
+    "offer",
+    "trace_id",
+    "correlation_id",
+)
+"""The fields of the hash, in the order in which a row is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimerRecord:
+    """An auction with the ids that follow it through every frame and audit record."""
+
+    auction: Auction
+    trace_id: str = ""
+    correlation_id: str = ""
+
+
+class CorruptTimerError(ValueError):
+    """A timer hash cannot be read. The message names the auction and the field at fault."""
+
+
+def to_fields(record: TimerRecord) -> dict[str, str]:
+    """All fields of the hash; an absent value is the empty string."""
+    auction = record.auction
+    fields = moving_fields(auction)
+    registration = auction.registration
+    fields |= {
+        "auction_id": auction.auction_id,
+        "starts_at": _text(registration.starts_at if registration else None),
+        "original_ends_at": _text(registration.ends_at if registration else None),
+        "policy": orjson.dumps(registration.policy).decode() if registration else "",
+        "offer": orjson.dumps(registration.offer).decode() if registration else "",
+        "trace_id": record.trace_id,
+        "correlation_id": record.correlation_id,
+    }
+    return fields
+
+
+def moving_fields(auction: Auction) -> dict[str, str]:
+    """The fields that a change can touch."""
+    return {
+        "status": auction.status.value,
+        "version": str(auction.version),
+        "ends_at": str(auction.ends_at),
+        "extension_count": str(auction.extension_count),
+        "clipped_by": _text(auction.clipped_by),
+        "paused_at": _text(auction.paused_at),
+        "paused_from": _text(auction.paused_from),
+        "paused_total_ms": str(auction.paused_total_ms),
+        "ended_at": _text(auction.ended_at),
+        "cancelled_at": _text(auction.cancelled_at),
+        "reason": _text(auction.reason),
+    }
+
+
+def _text(value: int | str | None) -> str:
+    return "" if value is None else str(value)
+
+
+def from_row(row: Sequence[bytes | None]) -> TimerRecord | None:
+    """Read one auction from the values of `FIELDS`, in their order; None if there is no such hash.
+
+    Raises:
+        CorruptTimerError: the hash exists but cannot be read.
+    """
+    if row[0] is None:
+        return None
+    text = [b"".decode() if value is None else value.decode() for value in row]
+    try:
+        return _record(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptTimerError(f"timer {text[0]!r}: {error}") from None
+
+
+def _record(text: list[str]) -> TimerRecord:
+    (
+        auction_id, status, version, starts_at, ends_at, original_ends_at, extension_count, clipped_by,
+        paused_at, paused_from, paused_total_ms, ended_at, cancelled_at, reason, policy, offer, trace_id, correlation_id,
+    ) = text  # fmt: skip
+    registration = None
+    if policy:
+        registration = Registration(
+            auction_id,
+            EpochMs(int(starts_at)),
+            EpochMs(int(original_ends_at)),
+            read_policy(orjson.loads(policy)),
+            read_offer(orjson.loads(offer)),
+        )
+    auction = Auction(
+        auction_id=auction_id,
+        status=Status(status),
+        version=int(version),
+        registration=registration,
+        ends_at=EpochMs(int(ends_at)),
+        extension_count=int(extension_count),
+        clipped_by=Cap(clipped_by) if clipped_by else None,
+        paused_at=EpochMs(int(paused_at)) if paused_at else None,
+        paused_from=Status(paused_from) if paused_from else None,
+        paused_total_ms=int(paused_total_ms),
+        ended_at=EpochMs(int(ended_at)) if ended_at else None,
+        cancelled_at=EpochMs(int(cancelled_at)) if cancelled_at else None,
+        reason=reason or None,
+    )
+    return TimerRecord(auction, trace_id, correlation_id)
+
+
+def soft_close_until(auction: Auction) -> EpochMs | None:
+    """None before the soft-close window opened, then the end that now stands."""
+    phase = auction.paused_from if auction.status is Status.PAUSED else auction.status
+    return auction.ends_at if phase is Status.CLOSING or phase is Status.ENDED else None
+
+
+def timer(record: TimerRecord, server_time: EpochMs, cursor: str | None, *, stale: bool = False) -> dict[str, Any]:
+    """The `Timer` object of the outside contract, as of `server_time`."""
+    auction = record.auction
+    registration = auction.registered
+    view: dict[str, Any] = {
+        "auction_id": auction.auction_id,
+        "status": auction.status.value,
+        "version": auction.version,
+        "starts_at": registration.starts_at,
+        "ends_at": auction.ends_at,
+        "original_ends_at": registration.ends_at,
+        "soft_close_until": soft_close_until(auction),
+        "final_deadline": auction.final_deadline,
+        "extension_count": auction.extension_count,
+        "extension_used_ms": auction.extension_used_ms,
+        "extension_left_ms": auction.extension_left_ms,
+        "at_cap": auction.at_cap,
+        "remaining_ms": auction.remaining_ms(server_time),
+        "server_time": server_time,
+        "trace_id": record.trace_id,
+        "cursor": cursor,
+        "stale": stale,
+    }
+    optional = {
+        "offer_id": registration.offer.offer_id,
+        "clipped_by": auction.clipped_by,
+        "paused_remaining_ms": auction.paused_remaining_ms,
+        "ended_at": auction.ended_at,
+        "cancelled_at": auction.cancelled_at,
+        "reason": auction.reason,
+    }
+    view |= {name: value for name, value in optional.items() if value is not None}
+    return view
+
+
+def as_of(view: dict[str, Any], server_time: EpochMs, cursor: str | None, *, stale: bool = False) -> dict[str, Any]:
+    """The same `Timer`, seen at another time: what a gateway does with the one it remembers."""
+    frozen = view.get("paused_remaining_ms")
+    remaining_ms = max(0, view["ends_at"] - server_time) if frozen is None else frozen
+    return view | {"remaining_ms": remaining_ms, "server_time": server_time, "cursor": cursor, "stale": stale}
+
+
+def tick_line(record: TimerRecord, server_time: EpochMs) -> bytes:
+    """One line of the tick lane: `<auction_id> <version> <frame>`; a gateway splits it and never parses the frame."""
+    auction = record.auction
+    frame = orjson.dumps(
+        {
+            "type": "timer.tick",
+            "auction_id": auction.auction_id,
+            "server_time": server_time,
+            "trace_id": record.trace_id,
+            "status": auction.status.value,
+            "version": auction.version,
+            "ends_at": auction.ends_at,
+            "remaining_ms": auction.remaining_ms(server_time),
+            "soft_close_until": soft_close_until(auction),
+            "final_deadline": auction.final_deadline,
+            "extension_count": auction.extension_count,
+            "extension_left_ms": auction.extension_left_ms,
+            "at_cap": auction.at_cap,
+        }
+    )
+    return b"%b %d %b" % (auction.auction_id.encode(), auction.version, frame)
+
+
+def heartbeat_line(instance: str, epoch: int, server_time: EpochMs) -> bytes:
+    """A line of the tick lane that is no tick: the shard's engine is alive. `!` cannot begin an auction id."""
+    return b"! %b %d %d" % (instance.encode(), epoch, server_time)
