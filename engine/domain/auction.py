@@ -1,10 +1,13 @@
 """The state of one auction: what was registered, and what has happened to its clock since."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.policy import Cap, Policy
+
+_UNSET: Final = EpochMs(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Auction:
     status: Status = Status.UNREGISTERED
     version: int = 0
     registration: Registration | None = None
-    ends_at: EpochMs = EpochMs(0)
+    ends_at: EpochMs = _UNSET
     extension_count: int = 0
     clipped_by: Cap | None = None
     paused_at: EpochMs | None = None
