@@ -37,11 +37,11 @@ class ShardKeys:
     deadlines: str
     paused: str
     closed: str
-    offers: str
     troubleshooting: str
     lease: str
     cursor: str
     timer_prefix: str
+    offer_prefix: str
     seen_prefix: str
 
     @classmethod
@@ -57,11 +57,11 @@ class ShardKeys:
             deadlines=f"auction:deadlines:{tag}",
             paused=f"auction:paused:{tag}",
             closed=f"auction:closed:{tag}",
-            offers=f"auction:offers:{tag}",
             troubleshooting=f"auction:troubleshooting:{tag}",
             lease=f"auction:lease:{tag}",
             cursor=f"auction:cursor:{tag}",
             timer_prefix=f"auction:timer:{tag}:",
+            offer_prefix=f"auction:offer:{tag}:",
             seen_prefix=f"auction:seen:{tag}:",
         )
 

@@ -1,0 +1,216 @@
+"""The engine process: what is made from what, started in order, stopped in reverse."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from engine.clock import AuctionClock, Clock, SystemClock
+from engine.clock_sync import ClockSync
+from engine.lease import LeaseKeeper
+from engine.logs import without_secrets
+from engine.metrics import EngineMetrics
+from engine.scheduler import Scheduler
+from engine.settings import Settings
+from engine.shard import INBOX_MAX, Shard, ShardLostError
+from engine.store.link import RedisLink
+from engine.store.protocol import ShardStore, StoreUnavailableError
+from engine.store.redis import RedisStore, StoreLimits
+
+READ_MAX: Final = 512
+"""Entries per shard and read."""
+READ_BLOCK_MS: Final = 1_000
+READ_AGAIN_MS: Final = 20
+"""While a shard's inbox is full the read leaves it out, and must not block the others' next look for long."""
+OBSERVE_EVERY_S: Final = 2.0
+RELEASE_WITHIN_S: Final = 2.0
+
+log = structlog.get_logger()
+
+
+class Engine:
+    """All shards of one engine process, the scheduler, the reader and the leases."""
+
+    def __init__(
+        self, store: ShardStore, clock: Clock, settings: Settings, metrics: EngineMetrics, retries: Callable[[], int]
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._metrics = metrics
+        self._retries = retries
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._room = asyncio.Event()
+        self.shards: dict[int, Shard] = {}
+        self.clock = AuctionClock(clock)
+        self.sync = ClockSync(self.clock, store.time_us)
+        self.scheduler = Scheduler(
+            self.clock,
+            store,
+            self.shards,
+            shard_count=settings.shards,
+            instance=settings.instance,
+            metrics=metrics,
+        )
+        self.leases = LeaseKeeper(
+            store,
+            clock,
+            settings.instance,
+            settings.shards,
+            lease_ms=settings.lease_ms,
+            heartbeat_ms=settings.heartbeat_ms,
+            gained=self._gain,
+            lost=self._lose,
+        )
+
+    async def run(self) -> None:
+        """Work until cancelled, then give the leases back."""
+        await _patiently(lambda: self._store.deployment(self._settings.shards))
+        await self.sync.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._group = tasks
+                tasks.create_task(self.sync.run(self._metrics.drift_ms.observe), name="clock")
+                tasks.create_task(self.leases.run(), name="leases")
+                tasks.create_task(self._read(), name="reader")
+                tasks.create_task(self.scheduler.run(), name="scheduler")
+                tasks.create_task(self._observe(), name="observer")
+        finally:
+            with contextlib.suppress(StoreUnavailableError, TimeoutError):
+                await asyncio.wait_for(self.leases.release(), RELEASE_WITHIN_S)
+
+    async def _gain(self, number: int, epoch: int) -> None:
+        shard = Shard(
+            number,
+            epoch,
+            self._store,
+            self.clock,
+            self.scheduler,
+            self._metrics,
+            batch_max=self._settings.batch_max,
+            intake_retained=self._settings.intake_retained,
+            on_room=self._room.set,
+        )
+        self.shards[number] = shard
+        self._tasks[number] = self._group.create_task(self._work(shard), name=f"shard-{number}")
+
+    async def _work(self, shard: Shard) -> None:
+        # Any other error ends the process: a shard that cannot work must not look alive, and a fresh start reloads all.
+        try:
+            await shard.run()
+        except ShardLostError as error:
+            log.warning("shard_fenced", shard=shard.number, error=str(error))
+            # From a task of its own: dropping cancels this one.
+            self._group.create_task(self.leases.drop(shard.number))
+
+    async def _lose(self, number: int) -> None:
+        shard = self.shards.pop(number, None)
+        task = self._tasks.pop(number, None)
+        if shard is not None:
+            self.scheduler.forget(shard)
+        if task is not None:
+            task.cancel()
+
+    async def _read(self) -> None:
+        """Read every shard's intake behind what was read, and hand it over."""
+        while True:
+            loaded = [shard for shard in self.shards.values() if shard.loaded]
+            after = {shard.number: shard.read_to for shard in loaded if len(shard.inbox) < INBOX_MAX}
+            self._room.clear()
+            if not after:
+                await self._wait_for_room()
+                continue
+            # Shards still to come, or without room, must not wait until this read ends.
+            block_ms = READ_BLOCK_MS if len(after) == self._settings.shards else READ_AGAIN_MS
+            try:
+                found = await self._store.read_intake(after, READ_MAX, block_ms)
+            except StoreUnavailableError as error:
+                log.warning("intake_unreadable", error=str(error))
+                continue
+            for number, entries in found.items():
+                shard = self.shards.get(number)
+                # A shard that was loaded again meanwhile reads from its own place.
+                if shard is not None and shard.loaded and shard.read_to == after[number]:
+                    shard.deliver(entries)
+
+    async def _wait_for_room(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._room.wait(), READ_BLOCK_MS / 1_000)
+
+    async def _observe(self) -> None:
+        seen_retries = 0
+        while True:
+            await asyncio.sleep(OBSERVE_EVERY_S)
+            self._metrics.active.set(sum(len(shard.live) for shard in self.shards.values()))
+            self._metrics.intake_lag.set(sum(len(shard.inbox) for shard in self.shards.values()))
+            retries = self._retries()
+            self._metrics.store_retries.inc(retries - seen_retries)
+            seen_retries = retries
+            with contextlib.suppress(StoreUnavailableError):
+                depths = [await self._store.parked(number) for number in list(self.shards)]
+                self._metrics.parked.set(sum(depths))
+
+
+async def _patiently(step: Callable[[], Awaitable[None]]) -> None:
+    """Repeat a step of the start until the store answers: an engine that starts before its Redis waits for it."""
+    while True:
+        try:
+            return await step()
+        except StoreUnavailableError as error:
+            log.warning("waiting_for_redis", error=str(error))
+
+
+def limits(settings: Settings) -> StoreLimits:
+    """The store's bounds, from the settings."""
+    return StoreLimits(
+        seen_ms=settings.seen_ms,
+        intake_max=settings.intake_max,
+        updates_max=settings.updates_max,
+        closed_retention_ms=settings.closed_retention_ms,
+    )
+
+
+async def serve(settings: Settings, registry: CollectorRegistry) -> None:
+    """Run an engine against `settings.redis_url` until SIGTERM or SIGINT.
+
+    Raises:
+        DeploymentMismatchError: the store belongs to a deployment with other settings.
+        RedisRefusedError: Redis refuses us (password, permission).
+        RedisUrlError: the URL cannot be understood.
+    """
+    assert settings.redis_url is not None
+    clock = SystemClock()
+    link = RedisLink(settings.redis_url, clock)
+    store = RedisStore(link, clock, limits(settings))
+    engine = Engine(store, clock, settings, EngineMetrics(registry), lambda: link.retries)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    log.info(
+        "engine_starting",
+        instance=settings.instance,
+        shards=settings.shards,
+        redis=without_secrets(settings.redis_url),
+    )
+    try:
+        await _until(stop, engine.run())
+    finally:
+        await link.close()
+    log.info("engine_stopped")
+
+
+async def _until(stop: asyncio.Event, work: Awaitable[None]) -> None:
+    """Run `work` until `stop` is set, and cancel it then; its own failure is raised."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working

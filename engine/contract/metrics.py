@@ -1,0 +1,158 @@
+"""The catalogue of metrics: each name, what it measures, and what to do when it looks wrong (source of `docs/metrics.md`)."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class Kind(StrEnum):
+    """The Prometheus type."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. `name` is the name as it is scraped; a counter's ends in `_total`."""
+
+    name: str
+    kind: Kind
+    meaning: str
+    remedy: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+# Dense where the promises are (10 ms, 25 ms, 100 ms, 250 ms), sparse where only a fault leads.
+LATENESS_BUCKETS_MS: Final = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 15_000, 60_000)
+DRIFT_BUCKETS_MS: Final = (0.1, 0.25, 0.5, 1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 5_000, 60_000)
+
+TICK_DELAY: Final = Metric(
+    "auctions_timer_tick_delay_ms",
+    Kind.HISTOGRAM,
+    "From the instant a tick was due to the instant the engine had handed it to Redis.",
+    "Above 100 ms: the engine or Redis lacks CPU; look at auctions_intake_lag_events, then move shards to another engine.",
+    buckets=LATENESS_BUCKETS_MS,
+)
+CLOSE_LATENESS: Final = Metric(
+    "auctions_timer_close_lateness_ms",
+    Kind.HISTOGRAM,
+    "From `ends_at` to the stamp of the commit that closed it. Fairness does not depend on it: bids are judged by arrival.",
+    "Above 1000 ms: the engine was down, or behind (auctions_intake_lag_events); after a restart a burst is expected, once.",
+    buckets=LATENESS_BUCKETS_MS,
+)
+EARLY_CLOSES: Final = Metric(
+    "auctions_timer_early_closes_total",
+    Kind.COUNTER,
+    "Closes whose commit was stamped before `ends_at`. The commit makes it impossible; the counter is there to show that.",
+    "Must be 0. If not: stop the engines, keep Redis as it is, and report a bug with the audit export.",
+)
+DRIFT: Final = Metric(
+    "auctions_timer_drift_ms",
+    Kind.HISTOGRAM,
+    "Distance of a clock from the auction clock: `engine` and `gateway` their own estimate, `client` what bidders saw.",
+    "Above 250 ms for engine or gateway: a clock stepped; check time synchronisation on the hosts and on Redis.",
+    labels=("source",),
+    buckets=DRIFT_BUCKETS_MS,
+)
+ACTIVE: Final = Metric(
+    "auctions_timer_active",
+    Kind.GAUGE,
+    "Auctions this engine holds that are not over.",
+    "A fall to 0 without closes: the engine lost its leases; look at its log.",
+)
+EXTENSIONS: Final = Metric(
+    "auctions_timer_extensions_total",
+    Kind.COUNTER,
+    "Extensions by soft close; `clipped_by` names the cap that cut one (`none` if none did).",
+    "Many clipped by `total`: an auction is being kept open on purpose; look at its audit.",
+    labels=("clipped_by",),
+)
+TRIGGER_LAG: Final = Metric(
+    "auctions_timer_trigger_lag_ms",
+    Kind.HISTOGRAM,
+    "From the event time its producer stated to the registration of the timer (requirement R31).",
+    "Above 1000 ms: the bus in front of the gateway is slow, or producer clocks are off.",
+    buckets=(*LATENESS_BUCKETS_MS, 300_000, 3_600_000),
+)
+INTAKE_LAG: Final = Metric(
+    "auctions_intake_lag_events",
+    Kind.GAUGE,
+    "Intake entries that the engine has read and not yet committed.",
+    "Growing: the engine is at its limit (see benchmarks) or Redis refuses writes; look at auctions_commit_conflicts_total.",
+)
+APPLIED: Final = Metric(
+    "auctions_intake_applied_total",
+    Kind.COUNTER,
+    "Intake entries applied, by what they did.",
+    "Many `refused`: a producer sends commands for auctions that are over.",
+    labels=("outcome",),
+)
+COMMIT_CONFLICTS: Final = Metric(
+    "auctions_commit_conflicts_total",
+    Kind.COUNTER,
+    "Commits refused because the shard was not where the engine thought; it then loads the shard again.",
+    "Steadily above 0: two engines fight for a shard, or somebody edits Redis by hand.",
+)
+STORE_RETRIES: Final = Metric(
+    "auctions_store_retries_total",
+    Kind.COUNTER,
+    "Calls to Redis that had to be repeated.",
+    "Bursts are failovers; a steady rate is a network or memory problem of Redis.",
+)
+PARKED: Final = Metric(
+    "auctions_troubleshooting_depth",
+    Kind.GAUGE,
+    "Commands in troubleshooting, over the shards of this engine.",
+    "List them (`auction:troubleshooting:{k}`), mend their cause, send them again under a new id.",
+)
+CONNECTIONS: Final = Metric(
+    "auctions_gateway_connections",
+    Kind.GAUGE,
+    "Open sockets of this gateway.",
+    "Near AUCTION_TIMER_CONNECTIONS_MAX: start another gateway.",
+)
+HANDSHAKES: Final = Metric(
+    "auctions_gateway_handshakes_total",
+    Kind.COUNTER,
+    "Socket handshakes by outcome.",
+    "Many `foreign_origin`: a page embeds the socket without leave; many `unknown`: clients hold stale links.",
+    labels=("outcome",),
+)
+DELIVERY: Final = Metric(
+    "auctions_gateway_delivery_ms",
+    Kind.HISTOGRAM,
+    "From the server time a frame was made with to the end of its fan-out in this gateway.",
+    "Above 100 ms: the gateway lacks CPU for its sockets; start another one.",
+    labels=("lane",),
+    buckets=LATENESS_BUCKETS_MS,
+)
+CONFLATED: Final = Metric(
+    "auctions_gateway_conflated_ticks_total",
+    Kind.COUNTER,
+    "Ticks that a lagging socket did not get because a newer one took their place.",
+    "Normal for slow networks; sudden growth for all sockets means the gateway's own network is slow.",
+)
+DISCONNECTS: Final = Metric(
+    "auctions_gateway_disconnects_total",
+    Kind.COUNTER,
+    "Sockets closed by the gateway, by close code.",
+    "4101: readers too slow; 4102: the gateway lost Redis.",
+    labels=("code",),
+)
+RESUMES: Final = Metric(
+    "auctions_gateway_resumes_total",
+    Kind.COUNTER,
+    "Sockets that came back with `since`, by whether the missed events could be replayed.",
+    "Many `false`: clients stay away longer than the event lane is kept.",
+    labels=("recovered",),
+)
+
+ENGINE: Final = (
+    TICK_DELAY, CLOSE_LATENESS, EARLY_CLOSES, DRIFT, ACTIVE, EXTENSIONS, TRIGGER_LAG, INTAKE_LAG, APPLIED,
+    COMMIT_CONFLICTS, STORE_RETRIES, PARKED,
+)  # fmt: skip
+GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, DRIFT)
+CATALOGUE: Final = (*ENGINE, *(metric for metric in GATEWAY if metric not in ENGINE))

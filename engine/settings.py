@@ -1,0 +1,183 @@
+"""Settings of every role: environment `AUCTION_TIMER_*`, a `.env` file, or options of the command line.
+
+One class for all roles, because one environment serves them all, and a name nobody knows must be an error.
+"""
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from engine.contract.keys import SHARDS_MAX
+from engine.domain.instants import HOUR_MS
+
+PREFIX = "AUCTION_TIMER_"
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used. The message lists every fault, each with what to do."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class Settings(BaseSettings):
+    """The effective settings of a process."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    redis_url: str | None = Field(
+        None,
+        description="Redis or Valkey, 7.0 or newer: `redis://`, `rediss://`, `unix://`, `redis+sentinel://h:p,h:p/SERVICE`. "
+        "Unset, `serve` runs a private server of its own.",
+    )
+    server_binary: Path | None = Field(
+        None,
+        description="The server program of the embedded store. Unset: the one installed with us, else one on PATH.",
+    )
+    data_dir: Path = Field(Path("auction-timer-data"), description="Where `serve` keeps the embedded store's data.")
+    shards: int = Field(
+        8,
+        ge=1,
+        le=SHARDS_MAX,
+        description="Shards of the deployment. Fixed at its first start; a mismatch is an error.",
+    )
+    durability: Literal["local", "replicated"] = Field(
+        "local", description="`local`: the append-only file, synced every second. `replicated` is not available yet."
+    )
+    host: str = Field("127.0.0.1", description="Address the gateway binds. Anything but loopback needs `--insecure`.")
+    port: int = Field(8080, ge=0, le=65535, description="Port the gateway binds; 0 takes a free one.")
+    insecure: bool = Field(False, description="Bind a public address although anybody there may then read and write.")
+    jwt_secret: str | None = Field(
+        None, repr=False, description="Secret for HS256 tokens. Not available yet: setting it refuses to start."
+    )
+    jwks_url: str | None = Field(None, description="Where public keys for tokens are. Not available yet, see above.")
+    jwks_file: Path | None = Field(None, description="File with public keys for tokens. Not available yet, see above.")
+    allowed_origins: list[str] = Field(
+        default_factory=list,
+        description='Origins of pages that may use the API, as a JSON list, e.g. `["https://bids.example"]`. '
+        "The gateway's own origin always may.",
+    )
+    connections_max: int = Field(20_000, ge=1, description="Sockets per gateway process; more are answered 503.")
+    connections_per_address_max: int = Field(
+        20_000,
+        ge=1,
+        description="Sockets per client address and gateway process. Lower it where no proxy stands in front.",
+    )
+    outbox_bytes_max: int = Field(
+        262_144,
+        ge=4_096,
+        description="Bytes buffered for one socket that does not read; beyond, it is closed with 4101.",
+    )
+    outbox_age_max_ms: int = Field(
+        5_000, ge=100, description="How long a socket may not read before it is closed with 4101, in ms."
+    )
+    lease_ms: int = Field(
+        2_000,
+        ge=300,
+        le=60_000,
+        description="An engine whose heartbeat stands still for so long has lost its shards, in ms.",
+    )
+    heartbeat_ms: int = Field(
+        500, ge=50, le=20_000, description="How often an engine beats, in ms; at most a third of `lease_ms`."
+    )
+    instance: str = Field(
+        default_factory=lambda: f"{os.uname().nodename}-{os.getpid()}",
+        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+        description="Name of an engine. One that restarts under the same name takes its shards back at once.",
+    )
+    batch_max: int = Field(
+        256,
+        ge=1,
+        le=1_000,
+        description="Intake entries per commit. More is faster and makes Redis pause longer (5 ms).",
+    )
+    intake_max: int = Field(1_000_000, ge=1_000, description="Intake entries per shard; beyond, producers get 503.")
+    intake_retained: int = Field(
+        100_000, ge=0, description="Applied intake entries kept per shard, for people who look into a fault."
+    )
+    updates_max: int = Field(100_000, ge=1_000, description="Events per shard that a client can catch up on.")
+    seen_ms: int = Field(48 * HOUR_MS, ge=60_000, description="How long a repeated event is recognised as one, in ms.")
+    closed_retention_ms: int = Field(
+        30 * 24 * HOUR_MS, ge=60_000, description="How long a closed auction can still be read, in ms."
+    )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Port on loopback where `engine` serves its metrics. Unset: none."
+    )
+    log_format: Literal["json", "text"] = Field("text", description="Form of the log lines on stderr.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe line that is logged."
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        return value or None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the gateway."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    def faults(self) -> list[str]:
+        """Every inconsistency between settings, as sentences that say what to do; empty if there is none."""
+        found = []
+        if 3 * self.heartbeat_ms > self.lease_ms:
+            found.append(
+                f"heartbeat_ms ({self.heartbeat_ms}) is more than a third of lease_ms ({self.lease_ms}): "
+                "one lost heartbeat would cost the shards; lower heartbeat_ms or raise lease_ms"
+            )
+        if self.durability == "replicated":
+            found.append("durability 'replicated' is not available in this version: use 'local'")
+        if self.jwt_secret or self.jwks_url or self.jwks_file:
+            found.append(
+                "tokens are not available in this version: a secret would protect nothing; "
+                "unset AUCTION_TIMER_JWT_SECRET, _JWKS_URL and _JWKS_FILE and stay on loopback"
+            )
+        if not self.is_loopback and not self.insecure:
+            found.append(
+                f"host {self.host} can be reached from outside and nothing authenticates whoever calls: "
+                "bind 127.0.0.1 behind a proxy that does, or add --insecure if anybody there may read and write"
+            )
+        if self.intake_retained * 2 > self.intake_max:
+            found.append("intake_retained is more than half of intake_max: the intake would be full of applied entries")
+        return found
+
+    @classmethod
+    def load(cls, **options: Any) -> Self:
+        """Read the environment and `.env`; `options` that are not None go before both.
+
+        Raises:
+            SettingsError: a value is wrong, or an `AUCTION_TIMER_*` name is unknown.
+        """
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        unknown = [name for name in sorted(os.environ) if name.startswith(PREFIX) and name not in known]
+        unknown += [name for name in _env_file_names() if name.startswith(PREFIX) and name not in known]
+        faults = [f"{name} is no setting; see docs/configuration.md" for name in unknown]
+        try:
+            settings = cls(**{name: value for name, value in options.items() if value is not None})
+        except ValidationError as error:
+            faults += [
+                f"{PREFIX}{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}"
+                for fault in error.errors(include_input=False, include_url=False)
+            ]
+            raise SettingsError(faults) from None
+        if faults:
+            raise SettingsError(faults)
+        return settings
+
+
+def _env_file_names() -> list[str]:
+    from dotenv import dotenv_values
+
+    path = Path(".env")
+    return [name.upper() for name in dotenv_values(path)] if path.is_file() else []

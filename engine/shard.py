@@ -1,0 +1,303 @@
+"""One shard at work: the single writer of its fold.
+
+Each turn reads as a list: take what waits, load what is missing, fold, commit, install, observe. There is one turn at a
+time per shard, and memory changes only after the store has said "committed". Whatever goes wrong in between, the answer
+is the same: forget the memory, load the shard again from its committed cursor, and go on.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+from uuid import uuid4
+
+import structlog
+
+from engine.clock import AuctionClock
+from engine.contract.intake import Context, IntakeEvent, SchemaError
+from engine.contract.timers import CorruptTimerError, TimerRecord
+from engine.domain.decide import Decision, Fact
+from engine.domain.events import Register
+from engine.domain.fold import next_due
+from engine.domain.instants import EpochMs
+from engine.journal import Journal, peek
+from engine.metrics import EngineMetrics
+from engine.store.protocol import (
+    Committed,
+    Early,
+    Entry,
+    Fenced,
+    ShardHead,
+    ShardStore,
+    StoreUnavailableError,
+    Superseded,
+    Undrained,
+)
+
+INBOX_MAX: Final = 2_000
+"""Entries read ahead of the commit. More would only move the backlog from Redis into this process."""
+CLOSED_KEPT: Final = 4_096
+"""Closed auctions remembered per shard, so that late bids and replays of a start cost no round trip."""
+CHECKPOINT_EVERY: Final = 1_000
+"""Entries between two places to which the intake may be trimmed."""
+UNDRAINED_RETRY_MS: Final = 5
+"""The reader delivers what the guard has seen within a round trip; this is the bound if it does not."""
+
+log = structlog.get_logger()
+
+
+class ShardLostError(Exception):
+    """Another engine has taken the shard over. Stop; nothing of ours can be committed any more."""
+
+
+class Calendar(Protocol):
+    """Where a shard enters what is due next. The scheduler implements it."""
+
+    def enter(self, record: TimerRecord, *, tick_now: bool) -> None:
+        """An auction is as it is now: plan its next due instant and its next tick."""
+        ...
+
+    def wake_at(self, auction_id: str, at: EpochMs) -> None:
+        """Look at an auction again at `at`."""
+        ...
+
+
+@dataclass(slots=True)
+class Shard:
+    """A shard that this engine owns, under one fencing epoch."""
+
+    number: int
+    epoch: int
+    store: ShardStore
+    clock: AuctionClock
+    calendar: Calendar
+    metrics: EngineMetrics
+    batch_max: int
+    intake_retained: int
+    head: ShardHead = field(init=False)
+    read_to: str = field(init=False)
+    """The last intake entry that was read, committed or not."""
+    live: dict[str, TimerRecord] = field(default_factory=dict)
+    closed: "OrderedDict[str, TimerRecord]" = field(default_factory=OrderedDict)
+    inbox: deque[Entry] = field(default_factory=deque)
+    due: set[str] = field(default_factory=set)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    loaded: bool = False
+    _checkpoints: deque[str] = field(default_factory=deque)
+    _since_checkpoint: int = 0
+    on_room: Callable[[], None] = lambda: None
+
+    async def load(self) -> None:
+        """Take the shard's state from the store, as of its committed cursor, and plan everything that is due."""
+        self.loaded = False
+        self.inbox.clear()
+        self.due.clear()
+        self.closed.clear()
+        self.head = await self.store.head(self.number)
+        self.read_to = self.head.intake
+        live: dict[str, TimerRecord] = {}
+        async for page in self.store.live(self.number):
+            for record in page:
+                if isinstance(record, CorruptTimerError):
+                    log.error("timer_unreadable", shard=self.number, error=str(record))
+                    continue
+                live[record.auction.auction_id] = record
+                self.calendar.enter(record, tick_now=False)
+            await asyncio.sleep(0)  # 100,000 timers take seconds: the heartbeats must go on meanwhile
+        self.live = live
+        self.loaded = True
+        self.on_room()
+        self.wake.set()
+
+    def deliver(self, entries: Sequence[Entry]) -> None:
+        """Take entries that were read behind `read_to`."""
+        self.inbox.extend(entries)
+        self.read_to = entries[-1].stream_id
+        self.wake.set()
+
+    def fall_due(self, auction_ids: Sequence[str]) -> None:
+        """Time has come for these auctions."""
+        self.due.update(auction_ids)
+        self.wake.set()
+
+    async def run(self) -> None:
+        """Work until cancelled.
+
+        Raises:
+            ShardLostError: another engine has the shard.
+        """
+        while True:
+            try:
+                if not self.loaded:
+                    await self.load()
+                await self.wake.wait()
+                self.wake.clear()
+                while self.inbox or self.due:
+                    await self.turn()
+            except StoreUnavailableError as error:
+                # The commit that was under way may have happened or not; the committed cursor tells.
+                log.warning("store_unavailable", shard=self.number, error=str(error))
+                self.loaded = False
+
+    async def turn(self) -> None:
+        """Fold and commit one batch."""
+        now = self.clock.now_ms()
+        entries = [self.inbox.popleft() for _ in range(min(self.batch_max, len(self.inbox)))]
+        events = [peek(entry) for entry in entries]
+        # While entries wait, time may not overtake them: only what was due before the last one taken is due yet.
+        horizon = now
+        if self.inbox and entries[-1].at is not None:
+            horizon = entries[-1].at
+        due = self._take_due(horizon)
+        journal = await self._journal(entries, events, due, now)
+        for auction_id in due:
+            journal.elapse(auction_id, horizon)
+        batch = journal.batch()
+        if batch.intake == self.head.intake and not batch.operations:
+            return
+        answer = await self.store.commit(batch)
+        match answer:
+            case Committed(at):
+                self._install(journal, ShardHead(batch.intake, batch.chain, at), len(entries), at)
+                await self._trim()
+            case Early(by_ms):
+                self._put_back(entries, due, EpochMs(now + by_ms))
+            case Undrained():
+                self._put_back(entries, due, EpochMs(now + UNDRAINED_RETRY_MS))
+            case Fenced(epoch):
+                raise ShardLostError(f"shard {self.number} is fenced at epoch {epoch}, ours is {self.epoch}")
+            case Superseded(what):
+                self.metrics.commit_conflicts.inc()
+                log.warning("commit_superseded", shard=self.number, what=what)
+                self.loaded = False
+                await self.load()
+
+    def _take_due(self, horizon: EpochMs) -> list[str]:
+        """The auctions whose due instant lies before the horizon, in the order of that instant."""
+        found: list[tuple[EpochMs, str]] = []
+        for auction_id in self.due:
+            record = self.live.get(auction_id)
+            due = next_due(record.auction) if record else None
+            if due is not None and due[0] <= horizon:
+                found.append((due[0], auction_id))
+            elif due is not None:
+                self.calendar.wake_at(auction_id, due[0])
+        self.due.clear()
+        found.sort()
+        for _, auction_id in found[self.batch_max :]:
+            self.due.add(auction_id)
+        return [auction_id for _, auction_id in found[: self.batch_max]]
+
+    async def _journal(
+        self, entries: list[Entry], events: list[IntakeEvent | SchemaError], due: list[str], now: EpochMs
+    ) -> Journal:
+        """Fold the entries over what the shard holds, loading what it does not."""
+        readable = [event for event in events if not isinstance(event, SchemaError)]
+        offers = await self._offers(readable)
+        wanted = {event.auction_id for event in readable if event.auction_id is not None}
+        wanted |= {bound.removeprefix("auction ") for bound in offers.values() if bound.startswith("auction ")}
+        timers, unreadable = await self._timers(wanted | set(due))
+        journal = Journal(
+            self.number,
+            self.epoch,
+            self.head,
+            timers,
+            offers,
+            unreadable=unreadable,
+            now=now,
+            commit_id=uuid4().hex,
+        )
+        for entry, event in zip(entries, events, strict=True):
+            journal.apply(entry, event)
+        return journal
+
+    async def _offers(self, events: list[IntakeEvent]) -> dict[str, str]:
+        wanted = {event.offer_id for event in events if event.offer_id is not None}
+        for event in events:
+            if isinstance(event.event, Register) and event.event.registration.offer.offer_id:
+                wanted.add(event.event.registration.offer.offer_id)
+        if not wanted:
+            return {}
+        names = sorted(wanted)
+        bound = await self.store.offers(self.number, names)
+        return {name: value for name, value in zip(names, bound, strict=True) if value is not None}
+
+    async def _timers(self, wanted: set[str]) -> tuple[dict[str, TimerRecord], dict[str, CorruptTimerError]]:
+        timers: dict[str, TimerRecord] = {}
+        unreadable: dict[str, CorruptTimerError] = {}
+        missing: list[str] = []
+        for auction_id in wanted:
+            record = self.live.get(auction_id) or self.closed.get(auction_id)
+            if record is None:
+                missing.append(auction_id)
+            else:
+                timers[auction_id] = record
+        if missing:
+            for auction_id, found in zip(missing, await self.store.timers(self.number, missing), strict=True):
+                if isinstance(found, TimerRecord):
+                    timers[auction_id] = found
+                elif found is not None:
+                    log.error("timer_unreadable", shard=self.number, error=str(found))
+                    unreadable[auction_id] = found
+        return timers, unreadable
+
+    def _put_back(self, entries: list[Entry], due: list[str], again_at: EpochMs) -> None:
+        """Nothing was written: the entries come first again, what was due is looked at once more at `again_at`."""
+        self.inbox.extendleft(reversed(entries))
+        if entries:
+            self.wake.set()
+        for auction_id in due:
+            self.calendar.wake_at(auction_id, again_at)
+
+    def _install(self, journal: Journal, head: ShardHead, entries: int, at: EpochMs) -> None:
+        self.head = head
+        for auction_id, record in journal.after.items():
+            if next_due(record.auction) is None and record.auction.paused_at is None:
+                self.live.pop(auction_id, None)
+                self.closed[auction_id] = record
+                if len(self.closed) > CLOSED_KEPT:
+                    self.closed.popitem(last=False)
+            else:
+                self.live[auction_id] = record
+            self.calendar.enter(record, tick_now=True)
+        for decision, context in journal.decisions:
+            self._observe(decision, context, at)
+        self._count_towards_checkpoint(entries)
+        if len(self.inbox) < INBOX_MAX:
+            self.on_room()
+
+    def _observe(self, decision: Decision, context: Context | None, at: EpochMs) -> None:
+        metrics = self.metrics
+        if context is not None:
+            metrics.applied[_outcome(decision)].inc()
+        if decision.fact is Fact.ENDED:
+            assert decision.after.ended_at is not None
+            metrics.close_lateness_ms.observe(at - decision.after.ended_at)
+            if at < decision.after.ended_at:
+                metrics.early_closes.inc()
+                log.error("closed_early", shard=self.number, auction_id=decision.after.auction_id, at=at)
+        elif decision.fact is Fact.EXTENDED:
+            clipped_by = decision.details["clipped_by"]
+            metrics.extensions[None if clipped_by is None else str(clipped_by)].inc()
+        elif decision.fact is Fact.REGISTERED and context is not None and context.occurred_at is not None:
+            metrics.trigger_lag_ms.observe(max(0, at - context.occurred_at))
+
+    def _count_towards_checkpoint(self, entries: int) -> None:
+        self._since_checkpoint += entries
+        if self._since_checkpoint >= CHECKPOINT_EVERY:
+            self._since_checkpoint = 0
+            self._checkpoints.append(self.head.intake)
+
+    async def _trim(self) -> None:
+        """Forget the oldest applied entries, once more of them are kept than the settings say."""
+        if len(self._checkpoints) > self.intake_retained // CHECKPOINT_EVERY + 1:
+            await self.store.trim_intake(self.number, self._checkpoints.popleft())
+
+
+def _outcome(decision: Decision) -> str:
+    if decision.refusal is not None:
+        return "refused"
+    if decision.fact is Fact.LATE_BID_IGNORED:
+        return "late"
+    return "unchanged" if decision.fact is None else "applied"

@@ -1,0 +1,306 @@
+"""The memory store: the executable specification of `engine.store.protocol`, and what simulations run on.
+
+It keeps what Redis would keep, in the shape in which Redis would keep it, so that a fault injected into one can be
+injected into the other.
+"""
+
+import asyncio
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from engine.contract.audit import ChainHead
+from engine.contract.cursors import START, stream_order
+from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
+from engine.domain.instants import EpochMs
+from engine.store.protocol import (
+    Announce,
+    Appended,
+    Batch,
+    BindOffer,
+    CommitResult,
+    Committed,
+    DeploymentMismatchError,
+    Draft,
+    Early,
+    Entry,
+    Fenced,
+    Group,
+    IntakeFullError,
+    Lease,
+    Operation,
+    Park,
+    PlaceClosed,
+    Placed,
+    PlaceLive,
+    PlacePaused,
+    PutTimer,
+    Record,
+    Reply,
+    ShardHead,
+    Superseded,
+    Undrained,
+    UpdateEntry,
+    View,
+)
+
+STAMP_BOUND_MS = 250
+PAGE_MAX = 1_000
+
+
+@dataclass(slots=True)
+class ShardMemory:
+    """Everything kept of one shard."""
+
+    lease: Lease = field(default_factory=lambda: Lease("", 0, 0))
+    intake_cursor: str = START
+    chain: ChainHead = field(default_factory=ChainHead)
+    last_at: int = 0
+    offset_ms: int = 0
+    last_commit: str = ""
+    serial: int = 0
+    events: list[Entry] = field(default_factory=list)
+    updates: list[UpdateEntry] = field(default_factory=list)
+    audit: list[dict[str, str]] = field(default_factory=list)
+    timers: dict[str, dict[str, str]] = field(default_factory=dict)
+    groups: dict[Group, dict[str, int]] = field(default_factory=lambda: {group: {} for group in Group})
+    offers: dict[str, str] = field(default_factory=dict)
+    troubleshooting: dict[str, bytes] = field(default_factory=dict)
+    seen: dict[str, tuple[EpochMs, str]] = field(default_factory=dict)
+
+    def next_id(self) -> str:
+        """A stream id: increasing, and deliberately no time."""
+        self.serial += 1
+        return f"{self.serial}-0"
+
+
+class MemoryStore:
+    """Implements `Intake`, `ShardStore` and `ViewStore` in one process.
+
+    Args:
+        authority_us: what Redis `TIME` would answer, in microseconds.
+    """
+
+    def __init__(self, authority_us: Callable[[], int], *, intake_max: int = 1_000_000) -> None:
+        self._authority_us = authority_us
+        self._intake_max = intake_max
+        self._deployment: int | None = None
+        self._grown = asyncio.Event()
+        self._listeners: list[asyncio.Queue[tuple[int, bytes]]] = []
+        self.shards: defaultdict[int, ShardMemory] = defaultdict(ShardMemory)
+        self.replies: defaultdict[str, list[tuple[str, str, bytes]]] = defaultdict(list)
+
+    def _stamp(self, memory: ShardMemory, est: EpochMs) -> EpochMs:
+        now = self._authority_us() // 1_000 + memory.offset_ms
+        now = max(est - STAMP_BOUND_MS, min(est + STAMP_BOUND_MS, now))
+        return EpochMs(max(memory.last_at, now))
+
+    def _grow(self) -> None:
+        self._grown.set()
+        self._grown = asyncio.Event()
+
+    async def time_us(self) -> int:
+        return self._authority_us()
+
+    async def deployment(self, shards: int) -> None:
+        if self._deployment is None:
+            self._deployment = shards
+        if self._deployment != shards:
+            raise DeploymentMismatchError(f"this store holds {self._deployment} shards, the settings say {shards}")
+
+    async def append(self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str) -> list[Appended]:
+        memory = self.shards[shard]
+        at = self._stamp(memory, est)
+        if len(memory.events) + len(drafts) > self._intake_max:
+            raise IntakeFullError(f"the intake of shard {shard} holds {len(memory.events)} entries, its bound")
+        answer = []
+        for draft in drafts:
+            seen_ids = (draft.event_id, *draft.seen_ids)
+            mark = next((memory.seen[seen] for seen in seen_ids if seen in memory.seen), None)
+            if mark is not None:
+                answer.append(Appended(draft.event_id, mark[1] == command_id, mark[0]))
+                continue
+            memory.events.append(Entry(memory.next_id(), at, draft.event_id, draft.body))
+            memory.seen |= dict.fromkeys(seen_ids, (at, command_id))
+            memory.last_at = at
+            answer.append(Appended(draft.event_id, True, at))
+        self._grow()
+        return answer
+
+    async def claim(self, shard: int, holder: str, seen: Lease | None) -> Lease:
+        memory = self.shards[shard]
+        lease = memory.lease
+        if not lease.holder or lease.holder == holder or lease == seen:
+            memory.lease = Lease(holder, lease.epoch + 1, 0)
+        return memory.lease
+
+    async def renew(self, shard: int, holder: str, epoch: int) -> bool:
+        memory = self.shards[shard]
+        lease = memory.lease
+        if (lease.holder, lease.epoch) != (holder, epoch):
+            return False
+        memory.lease = Lease(holder, epoch, lease.beat + 1)
+        return True
+
+    async def release(self, shard: int, holder: str, epoch: int) -> None:
+        memory = self.shards[shard]
+        if (memory.lease.holder, memory.lease.epoch) == (holder, epoch):
+            memory.lease = Lease("", epoch, memory.lease.beat)
+
+    async def lease(self, shard: int) -> Lease:
+        return self.shards[shard].lease
+
+    async def head(self, shard: int) -> ShardHead:
+        memory = self.shards[shard]
+        return ShardHead(memory.intake_cursor, memory.chain, EpochMs(memory.last_at))
+
+    async def live(self, shard: int) -> AsyncIterator[list[TimerRecord | CorruptTimerError]]:
+        groups = self.shards[shard].groups
+        ids = [*groups[Group.LIVE], *groups[Group.PAUSED]]
+        for start in range(0, len(ids), PAGE_MAX):
+            page = await self.timers(shard, ids[start : start + PAGE_MAX])
+            yield [timer for timer in page if timer is not None]
+
+    async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
+        timers = self.shards[shard].timers
+        return [_timer(timers.get(auction_id)) for auction_id in auction_ids]
+
+    async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
+        return [self.shards[shard].offers.get(offer_id) for offer_id in offer_ids]
+
+    async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
+        def behind() -> dict[int, list[Entry]]:
+            found = {shard: _behind(self.shards[shard].events, since, count) for shard, since in after.items()}
+            return {shard: entries for shard, entries in found.items() if entries}
+
+        return behind() or (await self._wait(block_ms) and behind()) or {}
+
+    async def _wait(self, block_ms: int) -> bool:
+        if block_ms <= 0:
+            return False
+        try:
+            await asyncio.wait_for(self._grown.wait(), block_ms / 1_000)
+        except TimeoutError:
+            return False
+        return True
+
+    async def commit(self, batch: Batch) -> CommitResult:
+        memory = self.shards[batch.shard]
+        if batch.commit_id == memory.last_commit:
+            return Committed(EpochMs(memory.last_at))
+        if batch.epoch != memory.lease.epoch:
+            return Fenced(memory.lease.epoch)
+        if batch.after.intake != memory.intake_cursor or batch.after.chain.seq != memory.chain.seq:
+            return Superseded(f"cursor {memory.intake_cursor}, audit {memory.chain.seq}")
+        for auction_id, version in batch.versions.items():
+            if int(memory.timers.get(auction_id, {}).get("version", "0")) != version:
+                return Superseded(auction_id)
+        at = self._stamp(memory, batch.est)
+        if batch.due_at is not None:
+            if at < batch.due_at:
+                return Early(batch.due_at - at)
+            waiting = _behind(memory.events, batch.intake, 1)
+            if waiting and (waiting[0].at is None or waiting[0].at < batch.due_at):
+                return Undrained()
+        for operation in batch.operations:
+            self._apply(memory, operation)
+        memory.intake_cursor, memory.chain = batch.intake, batch.chain
+        memory.last_at, memory.last_commit = at, batch.commit_id
+        self._grow()
+        return Committed(at)
+
+    def _apply(self, memory: ShardMemory, operation: Operation) -> None:
+        match operation:
+            case PutTimer(auction_id, fields):
+                memory.timers.setdefault(auction_id, {}).update(fields)
+            case PlaceLive(auction_id, score):
+                _place(memory, Group.LIVE, auction_id, score)
+            case PlacePaused(auction_id, score):
+                _place(memory, Group.PAUSED, auction_id, score)
+            case PlaceClosed(auction_id, score):
+                _place(memory, Group.CLOSED, auction_id, score)
+            case Record(fields):
+                memory.audit.append(dict(fields))
+            case Announce(update_type, auction_id, version, body):
+                memory.updates.append(UpdateEntry(memory.next_id(), update_type, auction_id, version, body))
+            case Reply(reply_to, outcome, command_id, body):
+                self.replies[reply_to].append((outcome, command_id, body))
+            case Park(command_id, body):
+                memory.troubleshooting[command_id] = body
+            case BindOffer(offer_id, value, _forget):
+                memory.offers[offer_id] = value
+
+    async def parked(self, shard: int) -> int:
+        return len(self.shards[shard].troubleshooting)
+
+    async def trim_intake(self, shard: int, before: str) -> None:
+        memory = self.shards[shard]
+        memory.events = [entry for entry in memory.events if stream_order(entry.stream_id) >= stream_order(before)]
+
+    async def publish(self, lines: Mapping[int, bytes]) -> None:
+        for listener in self._listeners:
+            for shard, payload in lines.items():
+                if not listener.full():
+                    listener.put_nowait((shard, payload))
+
+    async def view(self, shard: int, auction_id: str) -> View:
+        timer = _timer(self.shards[shard].timers.get(auction_id))
+        if isinstance(timer, CorruptTimerError):
+            raise timer
+        return View(timer, await self.last_update(shard))
+
+    async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
+        latest_first = group is Group.CLOSED
+        members = self.shards[shard].groups[group]
+        ordered = sorted(((score, name) for name, score in members.items()), reverse=latest_first)
+        if after is not None:
+            edge = (after.score, after.auction_id)
+            ordered = [at for at in ordered if (at < edge if latest_first else at > edge)]
+        return [Placed(score, name) for score, name in ordered[:count]]
+
+    async def last_update(self, shard: int) -> str:
+        updates = self.shards[shard].updates
+        return updates[-1].stream_id if updates else START
+
+    async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
+        def behind() -> dict[int, list[UpdateEntry]]:
+            found = {shard: _behind(self.shards[shard].updates, since, count) for shard, since in after.items()}
+            return {shard: entries for shard, entries in found.items() if entries}
+
+        return behind() or (await self._wait(block_ms) and behind()) or {}
+
+    async def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        listener: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(maxsize=10_000)
+        self._listeners.append(listener)
+        try:
+            while True:
+                shard, payload = await listener.get()
+                if shard in shards:
+                    yield shard, payload
+        finally:
+            self._listeners.remove(listener)
+
+
+E = TypeVar("E", Entry, UpdateEntry)
+
+
+def _behind(entries: list[E], since: str, count: int) -> list[E]:
+    start = bisect_right(entries, stream_order(since), key=lambda entry: stream_order(entry.stream_id))
+    return entries[start : start + count]
+
+
+def _place(memory: ShardMemory, group: Group, auction_id: str, score: int) -> None:
+    for members in memory.groups.values():
+        members.pop(auction_id, None)
+    memory.groups[group][auction_id] = score
+
+
+def _timer(fields: Mapping[str, str] | None) -> TimerRecord | CorruptTimerError | None:
+    if fields is None:
+        return None
+    try:
+        return from_row([fields[name].encode() if name in fields else None for name in FIELDS])
+    except CorruptTimerError as error:
+        return error

@@ -1,0 +1,376 @@
+"""What a store guarantees. The docstrings here are the specification; `MemoryStore` is its executable form.
+
+A commit is a list of *operations* that happen all or not at all, behind four guards. The store knows no business rule:
+which operations a bid or a close needs is decided in `engine.domain` and spelled in `engine.journal`.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from engine.contract.audit import ChainHead
+from engine.contract.timers import CorruptTimerError, TimerRecord
+from engine.domain.instants import EpochMs
+
+
+class StoreError(Exception):
+    """The store could not do what was asked. Subclasses say whose fault it was."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store did not answer within the deadline of the call, retries included.
+
+    Whether the call took effect is *unknown*: repeat it with the same command id, never with a new one.
+    """
+
+
+class IntakeFullError(StoreError):
+    """The intake of a shard holds as many unapplied entries as it may: the engine is behind or down. Nothing was added."""
+
+
+class DeploymentMismatchError(StoreError):
+    """The store belongs to a deployment with another shard count or schema; start with the settings it was made with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An event to append: its id, the ids under which it counts as a repetition, and its normalised body."""
+
+    event_id: str
+    body: bytes
+    seen_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of a draft. `at` is the arrival that decides; of a duplicate, that of the first."""
+
+    event_id: str
+    accepted: bool
+    at: EpochMs
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An intake entry as it was read. `at` is None if it was not written by `append`: poison."""
+
+    stream_id: str
+    at: EpochMs | None
+    event_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHead:
+    """Where the fold of a shard stands."""
+
+    intake: str
+    chain: ChainHead
+    last_at: EpochMs
+
+
+# Operations of a commit.
+
+
+@dataclass(frozen=True, slots=True)
+class PutTimer:
+    """Write fields of a timer hash. The first one for an auction in a batch must carry the version it builds on."""
+
+    auction_id: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceLive:
+    """The deadline of an auction is `ends_at`: it stands in the sorted set of deadlines."""
+
+    auction_id: str
+    ends_at: EpochMs
+
+
+@dataclass(frozen=True, slots=True)
+class PlacePaused:
+    """An auction has no deadline while it is paused."""
+
+    auction_id: str
+    paused_at: EpochMs
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceClosed:
+    """An auction is over: no deadline is left, and its hash is kept for the retention only."""
+
+    auction_id: str
+    closed_at: EpochMs
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Append an audit record, already chained."""
+
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Append to the event lane."""
+
+    type: str
+    auction_id: str
+    version: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer the one who asked."""
+
+    reply_to: str
+    outcome: str
+    command_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Move a command to troubleshooting."""
+
+    command_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BindOffer:
+    """Remember what an offer id stands for in this shard: an auction, or a cancellation that came first.
+
+    `forget` says that it is kept for the retention only.
+    """
+
+    offer_id: str
+    value: str
+    forget: bool
+
+
+Operation = PutTimer | PlaceLive | PlacePaused | PlaceClosed | Record | Announce | Reply | Park | BindOffer
+
+
+@dataclass(slots=True)
+class Batch:
+    """Operations of one shard that are committed in one atomic step.
+
+    Guards, in order; the first that fails decides the answer and nothing is written:
+
+    1. `commit_id` is the last commit of the shard: it was done before, the answer is repeated (`Committed`).
+    2. `epoch` is the fencing epoch of the shard's lease (`Fenced`).
+    3. `after` is where the shard stands, and each of `versions` is the version of that auction (`Superseded`).
+    4. if `due_at` is set, the stamp of this commit is at least `due_at` (`Early`), and no intake entry behind `intake`
+       arrived before it (`Undrained`).
+    """
+
+    shard: int
+    epoch: int
+    commit_id: str
+    est: EpochMs
+    after: ShardHead
+    intake: str
+    chain: ChainHead
+    due_at: EpochMs | None = None
+    versions: dict[str, int] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Done. `at` is the stamp of the commit: no later event of the shard can carry an earlier arrival."""
+
+    at: EpochMs
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """Another engine has the lease; stop."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """The shard or an auction is not where the batch was built on; load it again."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """The authority's clock has not reached `due_at`; it lacks `by_ms`."""
+
+    by_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Undrained:
+    """Intake entries that arrived before `due_at` are still unapplied; apply them first."""
+
+
+CommitResult = Committed | Fenced | Superseded | Early | Undrained
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard's lease as it was seen. `beat` counts the holder's heartbeats."""
+
+    holder: str
+    epoch: int
+    beat: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateEntry:
+    """An entry of the event lane as it was read."""
+
+    stream_id: str
+    type: str
+    auction_id: str
+    version: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One auction and the place in the event lane as of which it stands so, read in one step."""
+
+    record: TimerRecord | None
+    stream_id: str
+
+
+class Group(StrEnum):
+    """The three ordered sets: every registered auction stands in exactly one."""
+
+    LIVE = "live"
+    PAUSED = "paused"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An auction in one of the ordered sets. `score`: its deadline, its pause or its end."""
+
+    score: int
+    auction_id: str
+
+
+class Intake(Protocol):
+    """The producers' side."""
+
+    async def append(self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str) -> list[Appended]:
+        """Append events in order, in one atomic step, and stamp their arrival.
+
+        The stamp is `max(last_at, clamp(TIME + offset, est - 250, est + 250))`, so it never goes back and a stepping
+        server clock cannot falsify it by more than 250 ms. A draft of which any seen id was appended before is a
+        duplicate. Repeating a call with the same `command_id` repeats its answer.
+
+        Raises:
+            IntakeFullError: the shard's backlog is at its bound.
+            StoreUnavailableError: no answer in time; repeat with the same `command_id`.
+        """
+        ...
+
+
+class ShardStore(Protocol):
+    """The engine's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
+
+    async def time_us(self) -> int:
+        """The authority's clock, in microseconds since the Unix epoch."""
+        ...
+
+    async def deployment(self, shards: int) -> None:
+        """Store the shard count at the first start; check it at every other.
+
+        Raises:
+            DeploymentMismatchError: the deployment was started with another shard count or schema.
+        """
+        ...
+
+    async def claim(self, shard: int, holder: str, seen: Lease | None) -> Lease:
+        """Take the lease if it is free, ours, or still exactly as `seen`; return it as it now stands.
+
+        A claim that succeeds raises the fencing epoch, so whoever held it before cannot commit any more.
+        """
+        ...
+
+    async def renew(self, shard: int, holder: str, epoch: int) -> bool:
+        """Beat once. False: the lease is no longer ours."""
+        ...
+
+    async def release(self, shard: int, holder: str, epoch: int) -> None:
+        """Give the lease back, if it is still ours; the epoch stays."""
+        ...
+
+    async def head(self, shard: int) -> ShardHead:
+        """Where the fold of the shard stands."""
+        ...
+
+    def live(self, shard: int) -> AsyncIterator[list[TimerRecord | CorruptTimerError]]:
+        """Every auction of the shard that is not over, in pages."""
+        ...
+
+    async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
+        """These auctions, in this order; None where there is none."""
+        ...
+
+    async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
+        """What these offer ids are bound to."""
+        ...
+
+    async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
+        """Entries behind the given stream ids, at most `count` per shard; waits up to `block_ms` if there are none."""
+        ...
+
+    async def commit(self, batch: Batch) -> CommitResult:
+        """See `Batch`."""
+        ...
+
+    async def parked(self, shard: int) -> int:
+        """How many commands of the shard are in troubleshooting."""
+        ...
+
+    async def trim_intake(self, shard: int, before: str) -> None:
+        """Forget intake entries before stream id `before`, which the caller has committed long ago."""
+        ...
+
+    async def publish(self, lines: Mapping[int, bytes]) -> None:
+        """Send lines of the tick lane, per shard. They are disposable: nobody waits for them and nobody repeats them."""
+        ...
+
+
+class ViewStore(Protocol):
+    """The gateway's side."""
+
+    async def view(self, shard: int, auction_id: str) -> View:
+        """One auction, and where the event lane stood in the same instant."""
+        ...
+
+    async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
+        """These auctions, in this order; None where there is none."""
+        ...
+
+    async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
+        """The next auctions of a group behind `after`: by deadline, by pause, or, for closed ones, the latest end first."""
+        ...
+
+    async def lease(self, shard: int) -> Lease:
+        """The lease of the shard, as it stands."""
+        ...
+
+    async def last_update(self, shard: int) -> str:
+        """The stream id of the last entry of the event lane."""
+        ...
+
+    async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
+        """Entries of the event lane behind the given stream ids; waits up to `block_ms` if there are none."""
+        ...
+
+    def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """The tick lane: `(shard, lines)` as they come. Raises `StoreUnavailableError` after three seconds of silence."""
+        ...

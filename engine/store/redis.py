@@ -1,0 +1,448 @@
+"""The Redis store: Redis 7.0's command set and no more, so Valkey and Debian's redis-server both serve."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from redis.exceptions import NoScriptError, RedisError
+
+from engine.clock import Clock
+from engine.contract import keys
+from engine.contract.audit import GENESIS, ChainHead
+from engine.contract.cursors import START
+from engine.contract.keys import ShardKeys
+from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
+from engine.domain.instants import HOUR_MS, EpochMs
+from engine.store.link import BLOCK_MS_MAX, RedisLink, heeding_cancellation
+from engine.store.protocol import (
+    Announce,
+    Appended,
+    Batch,
+    BindOffer,
+    CommitResult,
+    Committed,
+    DeploymentMismatchError,
+    Draft,
+    Early,
+    Entry,
+    Fenced,
+    Group,
+    IntakeFullError,
+    Lease,
+    Operation,
+    Park,
+    PlaceClosed,
+    Placed,
+    PlaceLive,
+    PlacePaused,
+    PutTimer,
+    Record,
+    Reply,
+    ShardHead,
+    StoreUnavailableError,
+    Superseded,
+    Undrained,
+    UpdateEntry,
+    View,
+)
+from engine.store.scripts import APPEND, CLAIM, COMMIT, RELEASE, RENEW, VIEW, Script
+
+SCHEMA_VERSION: Final = "1"
+PAGE_MAX: Final = 1_000
+"""Auctions read in one round trip: large enough to hide it, small enough that no other client waits for long."""
+SILENCE_MAX_MS: Final = 3_000
+"""A subscription that hears nothing for this long, not even the answer to its own ping, is dead."""
+PING_EVERY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """The bounds of what a store keeps. All lengths are per shard."""
+
+    stamp_bound_ms: int = 250
+    """How far a server clock may falsify a stamp (architecture section 4)."""
+    seen_ms: int = 48 * HOUR_MS
+    """How long a repetition of an event is recognised. Longer costs about 150 bytes per event and day."""
+    intake_max: int = 1_000_000
+    """Entries of the intake, applied ones that are not yet trimmed included."""
+    updates_max: int = 100_000
+    """Entries of the event lane that can be replayed to a client."""
+    replies_max: int = 1_000
+    """Answers kept for one who asked and has not read them."""
+    closed_retention_ms: int = 30 * 24 * HOUR_MS
+    """How long a closed auction can be read, and replays of its start are recognised as such."""
+
+
+class RedisStore:
+    """Implements `Intake`, `ShardStore` and `ViewStore` on Redis."""
+
+    def __init__(self, link: RedisLink, clock: Clock, limits: StoreLimits | None = None) -> None:
+        self.link = link
+        self.limits = limits or StoreLimits()
+        self._clock = clock
+        self._names: dict[int, ShardKeys] = {}
+        # Streams are read as they come: redis-py's own parsing makes a dict per entry, which costs a third of the intake.
+        for client in (link.commands, link.blocking):
+            client.set_response_callback("XREAD", _as_it_comes)  # type: ignore[arg-type]
+
+    def _keys(self, shard: int) -> ShardKeys:
+        names = self._names.get(shard)
+        if names is None:
+            names = self._names[shard] = ShardKeys.of(shard)
+        return names
+
+    async def _run(self, script: Script, names: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
+        client = self.link.commands
+
+        async def attempt() -> Any:
+            try:
+                return await client.execute_command("EVALSHA", script.sha, len(names), *names, *args)
+            except NoScriptError:
+                return await client.execute_command("EVAL", script.source, len(names), *names, *args)
+
+        return await self.link.call(attempt)
+
+    async def _read(self, *command: str | bytes | int) -> Any:
+        return await self.link.call(lambda: self.link.commands.execute_command(*command))
+
+    # The authority's clock.
+
+    async def time_us(self) -> int:
+        # Never repeated: a late answer is a bad sample.
+        seconds, micros = await heeding_cancellation(lambda: self.link.commands.execute_command("TIME"))
+        return int(seconds) * 1_000_000 + int(micros)
+
+    async def deployment(self, shards: int) -> None:
+        client = self.link.commands
+
+        async def attempt() -> list[bytes]:
+            pipe = client.pipeline(transaction=False)
+            pipe.execute_command("HSETNX", keys.META, "shards", str(shards))
+            pipe.execute_command("HSETNX", keys.META, "schema", SCHEMA_VERSION)
+            pipe.execute_command("HMGET", keys.META, "shards", "schema")
+            return (await pipe.execute())[-1]  # type: ignore[no-any-return]
+
+        stored_shards, stored_schema = (value.decode() for value in await self.link.call(attempt))
+        if stored_shards != str(shards):
+            raise DeploymentMismatchError(
+                f"this Redis holds a deployment with {stored_shards} shards, the settings say {shards}: "
+                f"start with AUCTION_TIMER_SHARDS={stored_shards}, or use another Redis"
+            )
+        if stored_schema != SCHEMA_VERSION:
+            raise DeploymentMismatchError(
+                f"this Redis holds schema version {stored_schema}, this program writes {SCHEMA_VERSION}: "
+                "use the program version that wrote it, or another Redis"
+            )
+
+    async def complaints(self) -> list[str]:
+        """What is wrong with the server's own configuration, as sentences that say what to do."""
+        found: list[str] = []
+        try:
+            config: dict[str, str] = {
+                name.decode(): value.decode()
+                for name, value in (await self._pairs("CONFIG", "GET", "maxmemory-policy", "appendonly")).items()
+            }
+        except RedisError:
+            return ["CONFIG GET is not allowed here: check by hand that maxmemory-policy is noeviction and AOF is on"]
+        if config.get("maxmemory-policy", "noeviction") != "noeviction":
+            found.append(
+                f"maxmemory-policy is {config['maxmemory-policy']}: Redis may evict timers; set it to noeviction"
+            )
+        if config.get("appendonly", "yes") != "yes":
+            found.append("appendonly is off: a restart of Redis loses every auction; set appendonly yes")
+        return found
+
+    async def _pairs(self, *command: str) -> dict[bytes, bytes]:
+        answer = await self.link.commands.execute_command(*command)
+        if isinstance(answer, dict):
+            return {_bytes(name): _bytes(value) for name, value in answer.items()}
+        return dict(zip(answer[::2], answer[1::2], strict=True))
+
+    # The producers' side.
+
+    async def append(self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str) -> list[Appended]:
+        names = self._keys(shard)
+        key_names = [names.events, names.cursor]
+        limits = self.limits
+        args: list[str | bytes | int] = [
+            est, limits.stamp_bound_ms, command_id, limits.seen_ms, limits.intake_max, len(drafts),
+        ]  # fmt: skip
+        for draft in drafts:
+            seen_ids = (draft.event_id, *draft.seen_ids)
+            key_names.extend(names.seen_prefix + seen for seen in seen_ids)
+            args += (draft.event_id, len(seen_ids), draft.body)
+        answer = await self._run(APPEND, key_names, args)
+        if answer[0] == b"FULL":
+            raise IntakeFullError(f"the intake of shard {shard} holds {int(answer[1])} entries, its bound")
+        return [
+            Appended(draft.event_id, answer[2 * i + 2] == b"accepted", EpochMs(int(answer[2 * i + 3])))
+            for i, draft in enumerate(drafts)
+        ]
+
+    # The lease.
+
+    async def claim(self, shard: int, holder: str, seen: Lease | None) -> Lease:
+        args = (holder, seen.epoch, seen.beat) if seen else (holder, -1, -1)
+        now_holder, epoch, beat = await self._run(CLAIM, [self._keys(shard).lease], args)
+        return Lease(now_holder.decode(), int(epoch), int(beat))
+
+    async def renew(self, shard: int, holder: str, epoch: int) -> bool:
+        return bool(await self._run(RENEW, [self._keys(shard).lease], [holder, epoch]))
+
+    async def release(self, shard: int, holder: str, epoch: int) -> None:
+        await self._run(RELEASE, [self._keys(shard).lease], [holder, epoch])
+
+    # The fold.
+
+    async def head(self, shard: int) -> ShardHead:
+        row = await self._read("HMGET", self._keys(shard).cursor, "intake", "seq", "hash", "last_at")
+        intake, seq, chain_hash, last_at = (None if value is None else value.decode() for value in row)
+        return ShardHead(intake or START, ChainHead(int(seq or 0), chain_hash or GENESIS), EpochMs(int(last_at or 0)))
+
+    async def live(self, shard: int) -> AsyncIterator[list[TimerRecord | CorruptTimerError]]:
+        names = self._keys(shard)
+        for placed in (names.deadlines, names.paused):
+            start = 0
+            while ids := await self._read("ZRANGE", placed, start, start + PAGE_MAX - 1):
+                start += len(ids)
+                yield [
+                    timer for timer in await self.timers(shard, [name.decode() for name in ids]) if timer is not None
+                ]
+
+    async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
+        prefix = self._keys(shard).timer_prefix
+        client = self.link.commands
+        found: list[TimerRecord | CorruptTimerError | None] = []
+        for start in range(0, len(auction_ids), PAGE_MAX):
+            page = auction_ids[start : start + PAGE_MAX]
+
+            async def attempt(page: Sequence[str] = page) -> list[list[bytes | None]]:
+                pipe = client.pipeline(transaction=False)
+                for auction_id in page:
+                    pipe.execute_command("HMGET", prefix + auction_id, *FIELDS)
+                return await pipe.execute()
+
+            found.extend(_timer(row) for row in await self.link.call(attempt))
+        return found
+
+    async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
+        prefix = self._keys(shard).offer_prefix
+        row = await self._read("MGET", *(prefix + offer_id for offer_id in offer_ids))
+        return [None if value is None else value.decode() for value in row]
+
+    async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
+        answer = await self._xread(
+            [(self._keys(shard).events, shard, since) for shard, since in after.items()], count, block_ms
+        )
+        return {shard: [_entry(stream_id, values) for stream_id, values in rows] for shard, rows in answer.items()}
+
+    async def _xread(
+        self, streams: Sequence[tuple[str, int, str]], count: int, block_ms: int
+    ) -> dict[int, list[tuple[bytes, list[bytes]]]]:
+        block = ("BLOCK", min(block_ms, BLOCK_MS_MAX)) if block_ms > 0 else ()
+        client = self.link.blocking if block_ms > 0 else self.link.commands
+        names = [name for name, _, _ in streams]
+        since = [stream_id for _, _, stream_id in streams]
+        answer = await self.link.call(
+            lambda: client.execute_command("XREAD", "COUNT", count, *block, "STREAMS", *names, *since)
+        )
+        shard_of = {name.encode(): shard for name, shard, _ in streams}
+        return {shard_of[name]: rows for name, rows in answer or ()}
+
+    async def commit(self, batch: Batch) -> CommitResult:
+        answer = await self._run(COMMIT, *self._spell(batch))
+        match answer[0]:
+            case b"OK":
+                return Committed(EpochMs(int(answer[1])))
+            case b"FENCED":
+                return Fenced(int(answer[1]))
+            case b"SUPERSEDED":
+                return Superseded(answer[1].decode())
+            case b"EARLY":
+                return Early(int(answer[1]))
+            case b"UNDRAINED":
+                return Undrained()
+            case other:
+                raise AssertionError(f"commit.lua answered {other!r}")
+
+    def _spell(self, batch: Batch) -> tuple[list[str], list[str | bytes | int]]:
+        """A batch as KEYS and ARGV of commit.lua."""
+        names = self._keys(batch.shard)
+        key_names = [
+            names.lease, names.cursor, names.events, names.deadlines, names.paused, names.closed,
+            names.audit, names.updates, names.troubleshooting,
+        ]  # fmt: skip
+        index: dict[str, int] = {}
+
+        def key(name: str) -> int:
+            at = index.get(name)
+            if at is None:
+                key_names.append(name)
+                at = index[name] = len(key_names)
+            return at
+
+        limits = self.limits
+        args: list[str | bytes | int] = [
+            batch.epoch, batch.commit_id, batch.est, limits.stamp_bound_ms,
+            batch.after.intake, batch.after.chain.seq, batch.due_at or 0,
+            batch.intake, batch.chain.seq, batch.chain.hash,
+            limits.closed_retention_ms, limits.updates_max, limits.replies_max, len(batch.versions),
+        ]  # fmt: skip
+        for auction_id, version in batch.versions.items():
+            args += (key(names.timer_prefix + auction_id), version)
+        for operation in batch.operations:
+            _spell_operation(operation, names, key, args)
+        return key_names, args
+
+    async def parked(self, shard: int) -> int:
+        return int(await self._read("HLEN", self._keys(shard).troubleshooting))
+
+    async def trim_intake(self, shard: int, before: str) -> None:
+        await self._read("XTRIM", self._keys(shard).events, "MINID", "~", before)
+
+    async def publish(self, lines: Mapping[int, bytes]) -> None:
+        pipe = self.link.commands.pipeline(transaction=False)
+        for shard, payload in lines.items():
+            pipe.execute_command("PUBLISH", self._keys(shard).ticks, payload)
+        try:
+            await heeding_cancellation(pipe.execute)
+        except (RedisError, OSError) as error:
+            raise StoreUnavailableError(f"ticks were not sent: {error}") from error
+
+    # The gateway's side.
+
+    async def view(self, shard: int, auction_id: str) -> View:
+        names = self._keys(shard)
+        answer = await self._run(VIEW, [names.timer(auction_id), names.updates], FIELDS)
+        timer = _timer(answer[1:])
+        if isinstance(timer, CorruptTimerError):
+            raise timer
+        return View(timer, answer[0].decode())
+
+    async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
+        names = self._keys(shard)
+        latest_first = group is Group.CLOSED
+        name = {Group.LIVE: names.deadlines, Group.PAUSED: names.paused, Group.CLOSED: names.closed}[group]
+        first, last, order = ("+inf", "-inf", ("REV",)) if latest_first else ("-inf", "+inf", ())
+        if after:
+            first = str(after.score)
+        found: list[Placed] = []
+        offset = 0
+        # Equal scores are ordered by id: what stands before `after` among them was on an earlier page.
+        while len(found) < count:
+            row = await self._read("ZRANGE", name, first, last, "BYSCORE", *order, "LIMIT", offset, count, "WITHSCORES")
+            placed = [Placed(int(float(score)), member.decode()) for member, score in _scored(row)]
+            found += [at for at in placed if after is None or _behind(at, after, latest_first)]
+            offset += len(placed)
+            if len(placed) < count:
+                break
+        return found[:count]
+
+    async def last_update(self, shard: int) -> str:
+        answer = await self._read("XREVRANGE", self._keys(shard).updates, "+", "-", "COUNT", 1)
+        return _bytes(answer[0][0]).decode() if answer else START
+
+    async def lease(self, shard: int) -> Lease:
+        """The lease of a shard, as it stands."""
+        row = await self._read("HMGET", self._keys(shard).lease, "holder", "epoch", "beat")
+        holder, epoch, beat = (value.decode() if value else "" for value in row)
+        return Lease(holder, int(epoch or 0), int(beat or 0))
+
+    async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
+        streams = [(self._keys(shard).updates, shard, since) for shard, since in after.items()]
+        answer = await self._xread(streams, count, block_ms)
+        return {shard: [_update(stream_id, values) for stream_id, values in rows] for shard, rows in answer.items()}
+
+    async def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        channels = {self._keys(shard).ticks.encode(): shard for shard in shards}
+        subscription = self.link.subscriber.pubsub()
+        try:
+            await heeding_cancellation(lambda: subscription.subscribe(*channels))
+            heard = asked = self._clock.monotonic_ns()
+            while True:
+                message = await heeding_cancellation(lambda: subscription.get_message(timeout=PING_EVERY_S))
+                now = self._clock.monotonic_ns()
+                if message is not None:
+                    heard = now
+                    if message["type"] == "message":
+                        yield channels[message["channel"]], message["data"]
+                elif now - heard > SILENCE_MAX_MS * 1_000_000:
+                    raise StoreUnavailableError(f"the tick lane was silent for {SILENCE_MAX_MS} ms")
+                # Redis never tells a subscriber that it is gone: only the answer to a ping proves that it is there.
+                if now - asked >= PING_EVERY_S * 1e9:
+                    asked = now
+                    await heeding_cancellation(subscription.ping)
+        except (RedisError, OSError) as error:
+            raise StoreUnavailableError(f"the tick lane was lost: {error}") from error
+        finally:
+            await subscription.aclose()
+
+
+def _as_it_comes(answer: Any, **_options: Any) -> Any:
+    return answer
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | None:
+    try:
+        return from_row(row)
+    except CorruptTimerError as error:
+        return error
+
+
+def _entry(stream_id: bytes, values: list[bytes]) -> Entry:
+    if len(values) == 6 and values[0] == b"at" and values[2] == b"id" and values[4] == b"body" and values[1].isdigit():
+        return Entry(stream_id.decode(), EpochMs(int(values[1])), values[3].decode(errors="replace"), values[5])
+    return Entry(stream_id.decode(), None, "", b" ".join(values))
+
+
+def _update(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
+    fields = dict(zip(values[::2], values[1::2], strict=True))
+    return UpdateEntry(
+        stream_id.decode(),
+        fields.get(b"type", b"").decode(),
+        fields.get(b"auction_id", b"").decode(),
+        int(fields.get(b"version", b"0")),
+        fields.get(b"body", b"{}"),
+    )
+
+
+def _scored(row: list[Any]) -> list[tuple[bytes, bytes]]:
+    """Members with their scores, whether redis-py has paired them or not."""
+    if row and isinstance(row[0], tuple | list):
+        return [(name, score) for name, score in row]
+    return list(zip(row[::2], row[1::2], strict=True))
+
+
+def _behind(at: Placed, after: Placed, latest_first: bool) -> bool:
+    here, there = (at.score, at.auction_id), (after.score, after.auction_id)
+    return here < there if latest_first else here > there
+
+
+def _spell_operation(operation: Operation, names: ShardKeys, key: Any, args: list[str | bytes | int]) -> None:
+    match operation:
+        case Record(fields):
+            args += ("A", 2 * len(fields))
+            for pair in fields.items():
+                args += pair
+        case Announce(update_type, auction_id, version, body):
+            args += ("U", 4, update_type, auction_id, version, body)
+        case PutTimer(auction_id, fields):
+            args += ("T", 1 + 2 * len(fields), key(names.timer_prefix + auction_id))
+            for pair in fields.items():
+                args += pair
+        case PlaceLive(auction_id, ends_at):
+            args += ("L", 2, auction_id, ends_at)
+        case PlacePaused(auction_id, paused_at):
+            args += ("P", 2, auction_id, paused_at)
+        case PlaceClosed(auction_id, closed_at):
+            args += ("C", 3, auction_id, closed_at, key(names.timer_prefix + auction_id))
+        case Reply(reply_to, outcome, command_id, body):
+            args += ("R", 4, key(keys.replies(reply_to)), outcome, command_id, body)
+        case Park(command_id, body):
+            args += ("Q", 2, command_id, body)
+        case BindOffer(offer_id, value, forget):
+            args += ("O", 3, key(names.offer_prefix + offer_id), value, int(forget))

@@ -1,0 +1,60 @@
+#!lua
+-- Append events to the intake of one shard: stamp their arrival, recognise repetitions. One atomic step.
+--
+-- KEYS  1 auction:events:{k}   2 auction:cursor:{k}   3.. auction:seen:{k}:<id>, in the order of the drafts
+-- ARGV  1 est: the caller's estimate of the auction clock, ms
+--       2 bound of the stamp around est, ms
+--       3 command id: the same one again repeats the answer
+--       4 how long a repetition is recognised, ms
+--       5 bound of the stream's length
+--       6 number of drafts; then for each: event id, number of its seen ids, body
+-- Returns {"OK", stamp, then for each draft: "accepted" or "duplicate", its arrival}
+--         {"FULL", length} and nothing is added
+--
+-- The stamp never goes back (last_at), and a server whose clock steps can falsify it by no more than the bound.
+-- Not allowed when the server is out of memory: a bid that cannot be kept must not be promised.
+local events, cursor = KEYS[1], KEYS[2]
+local est, bound = tonumber(ARGV[1]), tonumber(ARGV[2])
+local command_id, seen_ms, length_max = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local drafts = tonumber(ARGV[6])
+
+local head = redis.call('HMGET', cursor, 'last_at', 'offset')
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000) + (tonumber(head[2]) or 0)
+now = math.max(est - bound, math.min(est + bound, now))
+now = math.max(tonumber(head[1]) or 0, now)
+local stamp = string.format('%.0f', now)
+
+local length = redis.call('XLEN', events)
+if length + drafts > length_max then
+  return {'FULL', tostring(length)}
+end
+
+local answer = {'OK', stamp}
+local key, arg, added = 3, 7, false
+for _ = 1, drafts do
+  local event_id, ids, body = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
+  local mark = false
+  for i = key, key + ids - 1 do
+    mark = mark or redis.call('GET', KEYS[i])
+  end
+  if mark then
+    -- A mark is "<arrival> <command id>": our own earlier try was an acceptance, and stays one.
+    local at, by = string.match(mark, '^(%d+) (.*)$')
+    answer[#answer + 1] = by == command_id and 'accepted' or 'duplicate'
+    answer[#answer + 1] = at
+  else
+    redis.call('XADD', events, '*', 'at', stamp, 'id', event_id, 'body', body)
+    for i = key, key + ids - 1 do
+      redis.call('SET', KEYS[i], stamp .. ' ' .. command_id, 'PX', seen_ms)
+    end
+    answer[#answer + 1] = 'accepted'
+    answer[#answer + 1] = stamp
+    added = true
+  end
+  key, arg = key + ids, arg + 3
+end
+if added then
+  redis.call('HSET', cursor, 'last_at', stamp)
+end
+return answer

@@ -1,0 +1,118 @@
+#!lua flags=allow-oom
+-- Commit a batch of one shard: state, deadlines, audit, announcements, replies and the intake cursor in one atomic step.
+-- It knows no business rule; see `Batch` and the operations in engine/store/protocol.py.
+--
+-- KEYS  1 auction:lease:{k}      2 auction:cursor:{k}   3 auction:events:{k}   4 auction:deadlines:{k}
+--       5 auction:paused:{k}     6 auction:closed:{k}   7 auction:audit:{k}    8 auction:updates:{k}
+--       9 auction:troubleshooting:{k}                  10.. timer hashes, reply streams, offer keys: ARGV names them by index
+-- ARGV  1 epoch                  2 commit id            3 est, ms              4 bound of the stamp around est, ms
+--       5 intake id it builds on 6 audit seq it builds on                      7 due_at, ms, or 0
+--       8 intake id it leads to  9 audit seq            10 audit hash
+--      11 retention of closed auctions, ms             12 length of the event lane  13 length of a reply stream
+--      14 number of version guards; then for each: key index, version
+--      then the operations: letter, number of arguments, arguments
+--        T key n   field, value, ...      write fields of a timer hash
+--        L id, score                      live: deadline
+--        P id, score                      paused: no deadline
+--        C id, score, key                 closed: no deadline, hash kept for the retention
+--        A field, value, ...              audit record
+--        U type, id, version, body        event lane
+--        R key, outcome, command id, body reply
+--        Q command id, body               troubleshooting
+--        O key, value, forget             offer binding
+-- Returns {"OK", stamp} | {"FENCED", epoch} | {"SUPERSEDED", what} | {"EARLY", ms} | {"UNDRAINED"}
+--
+-- allow-oom: a close must commit when the server is out of memory; what it adds is bounded, what it frees is not less.
+local lease, cursor, events, deadlines, paused, closed = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local audit, updates, troubleshooting = KEYS[7], KEYS[8], KEYS[9]
+
+local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit')
+if head[5] == ARGV[2] then
+  return {'OK', head[3]}
+end
+local epoch = redis.call('HGET', lease, 'epoch') or '0'
+if epoch ~= ARGV[1] then
+  return {'FENCED', epoch}
+end
+if (head[1] or '0-0') ~= ARGV[5] then
+  return {'SUPERSEDED', 'cursor ' .. (head[1] or '0-0')}
+end
+if (head[2] or '0') ~= ARGV[6] then
+  return {'SUPERSEDED', 'audit ' .. (head[2] or '0')}
+end
+
+local arg = 15
+for _ = 1, tonumber(ARGV[14]) do
+  local key = KEYS[tonumber(ARGV[arg])]
+  local version = redis.call('HGET', key, 'version') or '0'
+  if version ~= ARGV[arg + 1] then
+    return {'SUPERSEDED', key .. ' version ' .. version}
+  end
+  arg = arg + 2
+end
+
+local est, bound = tonumber(ARGV[3]), tonumber(ARGV[4])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000) + (tonumber(head[4]) or 0)
+now = math.max(est - bound, math.min(est + bound, now))
+now = math.max(tonumber(head[3]) or 0, now)
+
+-- The close guard (architecture section 5): the authority agrees that it is time, and no bid in time waits unapplied.
+-- Arrivals never go back along the stream, so the first unapplied entry has the earliest one.
+local due_at = tonumber(ARGV[7])
+if due_at > 0 then
+  if now < due_at then
+    return {'EARLY', string.format('%.0f', due_at - now)}
+  end
+  local waiting = redis.call('XRANGE', events, '(' .. ARGV[8], '+', 'COUNT', 1)[1]
+  if waiting then
+    local arrival = waiting[2][1] == 'at' and tonumber(waiting[2][2]) or nil
+    if not arrival or arrival < due_at then
+      return {'UNDRAINED'}
+    end
+  end
+end
+
+local retention, updates_max, replies_max = ARGV[11], ARGV[12], ARGV[13]
+local count = #ARGV
+while arg <= count do
+  local op, n = ARGV[arg], tonumber(ARGV[arg + 1])
+  local a, z = arg + 2, arg + 1 + n
+  if op == 'A' then
+    redis.call('XADD', audit, '*', unpack(ARGV, a, z))
+  elseif op == 'U' then
+    redis.call('XADD', updates, 'MAXLEN', '~', updates_max, '*',
+      'type', ARGV[a], 'auction_id', ARGV[a + 1], 'version', ARGV[a + 2], 'body', ARGV[a + 3])
+  elseif op == 'T' then
+    redis.call('HSET', KEYS[tonumber(ARGV[a])], unpack(ARGV, a + 1, z))
+  elseif op == 'L' then
+    redis.call('ZADD', deadlines, ARGV[a + 1], ARGV[a])
+    redis.call('ZREM', paused, ARGV[a])
+  elseif op == 'P' then
+    redis.call('ZREM', deadlines, ARGV[a])
+    redis.call('ZADD', paused, ARGV[a + 1], ARGV[a])
+  elseif op == 'C' then
+    redis.call('ZREM', deadlines, ARGV[a])
+    redis.call('ZREM', paused, ARGV[a])
+    redis.call('ZADD', closed, ARGV[a + 1], ARGV[a])
+    redis.call('PEXPIRE', KEYS[tonumber(ARGV[a + 2])], retention)
+  elseif op == 'R' then
+    local key = KEYS[tonumber(ARGV[a])]
+    redis.call('XADD', key, 'MAXLEN', '~', replies_max, '*',
+      'outcome', ARGV[a + 1], 'command_id', ARGV[a + 2], 'body', ARGV[a + 3])
+    redis.call('PEXPIRE', key, retention)
+  elseif op == 'Q' then
+    redis.call('HSET', troubleshooting, ARGV[a], ARGV[a + 1])
+  elseif op == 'O' then
+    local key = KEYS[tonumber(ARGV[a])]
+    redis.call('SET', key, ARGV[a + 1])
+    if ARGV[a + 2] == '1' then
+      redis.call('PEXPIRE', key, retention)
+    end
+  end
+  arg = z + 1
+end
+
+local stamp = string.format('%.0f', now)
+redis.call('HSET', cursor, 'intake', ARGV[8], 'seq', ARGV[9], 'hash', ARGV[10], 'last_at', stamp, 'commit', ARGV[2])
+return {'OK', stamp}
