@@ -19,7 +19,7 @@ from engine.settings import Settings
 from engine.shard import INBOX_MAX, Shard, ShardLostError
 from engine.store.link import RedisLink
 from engine.store.protocol import ShardStore, StoreUnavailableError
-from engine.store.redis import RedisStore, StoreLimits
+from engine.store.redis import RedisStore
 
 READ_MAX: Final = 512
 """Entries per shard and read."""
@@ -163,16 +163,6 @@ async def _patiently(step: Callable[[], Awaitable[None]]) -> None:
             log.warning("waiting_for_redis", error=str(error))
 
 
-def limits(settings: Settings) -> StoreLimits:
-    """The store's bounds, from the settings."""
-    return StoreLimits(
-        seen_ms=settings.seen_ms,
-        intake_max=settings.intake_max,
-        updates_max=settings.updates_max,
-        closed_retention_ms=settings.closed_retention_ms,
-    )
-
-
 async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     """Run an engine against `settings.redis_url` until SIGTERM or SIGINT.
 
@@ -184,7 +174,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     assert settings.redis_url is not None
     clock = SystemClock()
     link = RedisLink(settings.redis_url, clock)
-    store = RedisStore(link, clock, limits(settings))
+    store = RedisStore(link, clock, settings.store_limits())
     engine = Engine(store, clock, settings, EngineMetrics(registry), lambda: link.retries)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

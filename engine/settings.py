@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.contract.keys import SHARDS_MAX
 from engine.domain.instants import HOUR_MS
+from engine.store.limits import StoreLimits
 
 PREFIX = "AUCTION_TIMER_"
 
@@ -127,6 +128,15 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
             return False
+
+    def store_limits(self) -> StoreLimits:
+        """The store's bounds."""
+        return StoreLimits(
+            seen_ms=self.seen_ms,
+            intake_max=self.intake_max,
+            updates_max=self.updates_max,
+            closed_retention_ms=self.closed_retention_ms,
+        )
 
     def faults(self) -> list[str]:
         """Every inconsistency between settings, as sentences that say what to do; empty if there is none."""

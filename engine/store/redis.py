@@ -1,7 +1,6 @@
 """The Redis store: Redis 7.0's command set and no more, so Valkey and Debian's redis-server both serve."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from redis.exceptions import NoScriptError, RedisError
@@ -12,7 +11,8 @@ from engine.contract.audit import GENESIS, ChainHead
 from engine.contract.cursors import START
 from engine.contract.keys import ShardKeys
 from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
-from engine.domain.instants import HOUR_MS, EpochMs
+from engine.domain.instants import EpochMs
+from engine.store.limits import StoreLimits
 from engine.store.link import BLOCK_MS_MAX, RedisLink, heeding_cancellation
 from engine.store.protocol import (
     Announce,
@@ -53,24 +53,6 @@ PAGE_MAX: Final = 1_000
 SILENCE_MAX_MS: Final = 3_000
 """A subscription that hears nothing for this long, not even the answer to its own ping, is dead."""
 PING_EVERY_S: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class StoreLimits:
-    """The bounds of what a store keeps. All lengths are per shard."""
-
-    stamp_bound_ms: int = 250
-    """How far a server clock may falsify a stamp (architecture section 4)."""
-    seen_ms: int = 48 * HOUR_MS
-    """How long a repetition of an event is recognised. Longer costs about 150 bytes per event and day."""
-    intake_max: int = 1_000_000
-    """Entries of the intake, applied ones that are not yet trimmed included."""
-    updates_max: int = 100_000
-    """Entries of the event lane that can be replayed to a client."""
-    replies_max: int = 1_000
-    """Answers kept for one who asked and has not read them."""
-    closed_retention_ms: int = 30 * 24 * HOUR_MS
-    """How long a closed auction can be read, and replays of its start are recognised as such."""
 
 
 class RedisStore:

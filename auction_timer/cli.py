@@ -1,0 +1,145 @@
+"""The command line, `auction-timer`. Each command reads its options, and calls what does the work."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from auction_timer import __version__
+from engine.settings import Settings, SettingsError
+
+app = typer.Typer(
+    name="auction-timer",
+    help="Realtime auction timers: never early, never twice, never unfair to a bid that was in time.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis-url",
+        help="redis://, rediss://, unix:// or redis+sentinel://h:p,h:p/SERVICE. Also AUCTION_TIMER_REDIS_URL.",
+        show_default=False,
+    ),
+]
+Host = Annotated[str | None, typer.Option(help="Address to bind.", show_default="127.0.0.1")]
+Port = Annotated[int | None, typer.Option(help="Port to bind; 0 takes a free one.", show_default="8080")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where the embedded store keeps its data.", show_default="./auction-timer-data")
+]
+Insecure = Annotated[
+    bool | None,
+    typer.Option(
+        "--insecure", help="Bind a public address although anybody there may read and write.", show_default=False
+    ),
+]
+Url = Annotated[str, typer.Option(help="A gateway.")]
+Parent = Annotated[int | None, typer.Option(hidden=True)]
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+EXIT_USAGE = 2
+EXIT_CONFIG = 78
+
+
+def _settings(**options: Any) -> Settings:
+    try:
+        return Settings.load(**options)
+    except SettingsError as error:
+        for fault in error.faults:
+            typer.echo(f"auction-timer: {fault}", err=True)
+        raise typer.Exit(EXIT_CONFIG) from None
+
+
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"auction-timer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Realtime auction timers: never early, never twice, never unfair to a bid that was in time."""
+
+
+@app.command()
+def serve(
+    host: Host = None,
+    port: Port = None,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    gateways: Annotated[int, typer.Option(min=1, max=64, help="Gateway processes that share the port.")] = 1,
+    insecure: Insecure = None,
+) -> None:
+    """Run everything on one machine: store, engine, gateways.
+
+    Prints `ready http://HOST:PORT` when it is. Without --redis-url it runs a private server that keeps its data in the
+    data dir. Ctrl-C drains and stops. The reconciler is not part of this version.
+    """
+    from auction_timer import roles
+
+    settings = _settings(host=host, port=port, data_dir=data_dir, redis_url=redis_url, insecure=insecure)
+    _exit(roles.serve(settings, gateways=gateways))
+
+
+@app.command()
+def engine(redis_url: RedisUrl = None, parent: Parent = None) -> None:
+    """Run one engine against a Redis: it claims the shards it can get and keeps them."""
+    from auction_timer import roles
+
+    _exit(roles.engine(_settings(redis_url=redis_url), parent=parent))
+
+
+@app.command()
+def gateway(
+    redis_url: RedisUrl = None,
+    host: Host = None,
+    port: Port = None,
+    insecure: Insecure = None,
+    parent: Parent = None,
+    fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run one gateway against a Redis: HTTP and sockets."""
+    from auction_timer import roles
+
+    settings = _settings(redis_url=redis_url, host=host, port=port, insecure=insecure)
+    _exit(roles.gateway(settings, parent=parent, fd=fd))
+
+
+@app.command("check-config")
+def check_config() -> None:
+    """Print the effective settings and every inconsistency; exit 1 if there is any."""
+    try:
+        settings = Settings.load()
+    except SettingsError as error:
+        for fault in error.faults:
+            typer.echo(f"fault: {fault}", err=True)
+        _exit(1)
+    from engine.logs import without_secrets
+
+    for name in sorted(type(settings).model_fields):
+        value = getattr(settings, name)
+        if name.endswith("_secret") and value:
+            value = "***"
+        elif name.endswith("_url") and value:
+            value = without_secrets(value)
+        typer.echo(f"{name} = {value}")
+    faults = settings.faults()
+    for fault in faults:
+        typer.echo(f"fault: {fault}", err=True)
+    _exit(1 if faults else 0)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(app())

@@ -1,0 +1,160 @@
+"""`serve`: everything on one machine. A private Redis, an engine and the gateways, each a real process that is kept running.
+
+Start: store, engine, gateways, and then one line `ready http://HOST:PORT`, when `/readyz` says so.
+Stop: gateways first (they tell their sockets to come back), then the engine (it gives its shards back), the store last.
+The port is bound here and handed down, so it stays open while a gateway restarts: whoever connects waits, and is served.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+import httpx
+import structlog
+from prometheus_client import multiprocess
+
+from auction_timer.embedded import EmbeddedServer, StartProgress, find_server_binary
+from auction_timer.processes import ChildSpec, ChildSupervisor, console_script, first_of
+from auction_timer.roles import data_dir_of, listen, url_of
+from engine.settings import PREFIX, Settings
+
+READY_POLL_S: Final = 0.05
+STOP_GATEWAYS_MS: Final = 8_000
+STOP_ENGINE_MS: Final = 5_000
+
+log = structlog.get_logger()
+
+
+async def serve(settings: Settings, *, gateways: int) -> None:
+    """Run the whole stack until SIGTERM or SIGINT.
+
+    Raises:
+        LocalStackError: the store or a role cannot be started; the message says what to do.
+        OSError: the port cannot be bound.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with contextlib.closing(listen(settings.host, settings.port)) as listener, _shared_metrics() as metrics_dir:
+        async with _store(settings) as store:
+            await _roles(settings, store, listener, metrics_dir, gateways, stop)
+
+
+@contextlib.asynccontextmanager
+async def _store(settings: Settings) -> AsyncIterator[EmbeddedServer | None]:
+    """The embedded server; None where the settings name a Redis."""
+    if settings.redis_url is not None:
+        yield None
+        return
+    binary = find_server_binary(settings.server_binary)
+    async with EmbeddedServer(data_dir_of(settings), binary, on_progress=_tell) as server:
+        yield server
+
+
+def _tell(progress: StartProgress) -> None:
+    log.info("store_starting", state=progress.state, loaded_percent=progress.loaded_percent)
+
+
+async def _roles(
+    settings: Settings,
+    store: EmbeddedServer | None,
+    listener: socket.socket,
+    metrics_dir: Path,
+    gateways: int,
+    stop: asyncio.Event,
+) -> None:
+    redis_url = store.url if store is not None else settings.redis_url
+    assert redis_url is not None
+    url = url_of(listener)
+    # In the environment, not on the command line: a Redis URL may hold a password, and everyone may read a process list.
+    env = os.environ | {
+        f"{PREFIX}REDIS_URL": redis_url,
+        f"{PREFIX}INSTANCE": _instance(settings),
+        f"{PREFIX}HOST": settings.host,
+        f"{PREFIX}PORT": str(listener.getsockname()[1]),
+        f"{PREFIX}INSECURE": str(settings.insecure).lower(),
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir),
+    }
+    prefix, parent, fd = console_script(), str(os.getpid()), listener.fileno()
+
+    def forget(pid: int) -> None:
+        multiprocess.mark_process_dead(pid, str(metrics_dir))  # type: ignore[no-untyped-call]
+
+    names = [f"gateway-{number}" for number in range(1, gateways + 1)]
+    async with ChildSupervisor(on_exit=forget) as children:
+        watched = [asyncio.create_task(children.supervise(), name="children")]
+        if store is not None:
+            watched.append(asyncio.create_task(store.supervise(), name="store"))
+        try:
+            await children.start(ChildSpec("engine", (*prefix, "engine", "--parent", parent), env))
+            for name in names:
+                argv = (*prefix, "gateway", "--parent", parent, "--fd", str(fd))
+                await children.start(ChildSpec(name, argv, env, pass_fds=(fd,)))
+            announcing = asyncio.create_task(_announce(url, children), name="announce")
+            watched.append(announcing)
+            await first_of(stop.wait(), *(_failed(task) for task in watched))
+        finally:
+            log.info("draining")
+            await asyncio.gather(*(children.stop_child(name, STOP_GATEWAYS_MS) for name in _running(children, names)))
+            await children.stop(STOP_ENGINE_MS)
+            for task in watched:
+                task.cancel()
+            outcomes = await asyncio.gather(*watched, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+
+def _running(children: ChildSupervisor, names: list[str]) -> list[str]:
+    started = {child.spec.name for child in children.children}
+    return [name for name in names if name in started]
+
+
+async def _failed(task: "asyncio.Task[None]") -> None:
+    """Return when `task` fails; one that merely ends is no reason to stop."""
+    await asyncio.wait({task})
+    if task.cancelled() or task.exception() is None:
+        await asyncio.Event().wait()
+
+
+async def _announce(url: str, children: ChildSupervisor) -> None:
+    """Print the one line of stdout once the stack is ready."""
+    async with httpx.AsyncClient(trust_env=False, timeout=1.0) as client:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(f"{url}/readyz")).status_code == httpx.codes.OK:
+                    break
+            await asyncio.sleep(READY_POLL_S)
+    for child in children.children:
+        child.report_healthy()
+    print(f"ready {url}", flush=True)
+
+
+def _instance(settings: Settings) -> str:
+    """The engine's name: the same after a restart, so that it takes its shards back at once.
+
+    With a store of our own the data dir, which is locked, makes it unique. With somebody else's Redis only this process does.
+    """
+    node = os.uname().nodename[:64]
+    if settings.redis_url is not None:
+        return f"serve-{node}-{os.getpid()}"
+    return f"serve-{node}-{sha256(bytes(data_dir_of(settings))).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def _shared_metrics() -> Iterator[Path]:
+    """A directory in which all processes count together (see `gateway.metrics.exposition`)."""
+    directory = Path(tempfile.mkdtemp(prefix="auction-timer-metrics-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

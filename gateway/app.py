@@ -1,0 +1,239 @@
+"""The gateway process: what is made from what, started in order, stopped in reverse."""
+
+import asyncio
+import contextlib
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import uuid4
+
+import structlog
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.clock import AuctionClock, Clock, SystemClock
+from engine.clock_sync import ClockSync
+from engine.settings import Settings
+from engine.store.link import RedisLink
+from engine.store.protocol import StoreUnavailableError
+from engine.store.redis import RedisStore
+from gateway.connection import Connection
+from gateway.door import Door
+from gateway.feeds import EventFeed, TickFeed
+from gateway.hub import Hub
+from gateway.metrics import GatewayMetrics
+from gateway.origins import OriginRule
+from gateway.problems import Problem, ProblemType, problem_response
+from gateway.readiness import Readiness
+from gateway.routes import Api
+
+CALL_DEADLINE_MS: Final = 3_000
+"""A caller on the other end waits: after this it is told 503 and comes again with the same ids."""
+DRAIN_WITHIN_S: Final = 5
+KEEP_ALIVE_S: Final = 15
+HEADERS_BYTES_MAX: Final = 65_536
+CORRELATION_ID: Final = re.compile(r"[!-~]{1,128}")
+
+log = structlog.get_logger()
+
+
+class Correlate:
+    """ASGI middleware: a correlation id in, through and out; foreign pages may change nothing."""
+
+    def __init__(self, app: ASGIApp, origins: OriginRule) -> None:
+        self._app = app
+        self._origins = origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get(b"x-correlation-id", "")
+        correlation_id = given if CORRELATION_ID.fullmatch(given) else f"req-{uuid4().hex}"
+        scope.setdefault("state", {})["correlation_id"] = correlation_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
+            await send(message)
+
+        reads_only = scope["method"] in {"GET", "HEAD", "OPTIONS"}
+        if not reads_only and not self._origins.admits(headers.get(b"origin"), headers.get(b"host")):
+            refused = Problem(
+                ProblemType.FOREIGN_ORIGIN,
+                "pages of this origin may not send events; name it in AUCTION_TIMER_ALLOWED_ORIGINS if they should",
+            )
+            await problem_response(refused, correlation_id)(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The parts of one gateway process."""
+
+    clock: AuctionClock
+    sync: ClockSync
+    hub: Hub
+    feed: EventFeed
+    ticks: TickFeed
+    door: Door
+    app: Starlette
+    metrics: GatewayMetrics
+
+
+def build(store: RedisStore, clock: Clock, settings: Settings, registry: CollectorRegistry) -> Gateway:
+    """Make a gateway on a store."""
+    metrics = GatewayMetrics(registry)
+    auction_clock = AuctionClock(clock)
+    hub = Hub(store, auction_clock, settings.shards, metrics)
+    feed = EventFeed(store, hub, clock, settings.shards)
+    hub.stale = lambda: not feed.is_fresh
+    door = Door(hub, settings, clock, metrics)
+    readiness = Readiness(auction_clock, hub, feed, settings.shards)
+    api = Api(hub, store, store, settings.shards, readiness, registry)
+
+    gateway: Gateway
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[dict[str, Any]]:
+        async with _running(gateway):
+            yield {"door": door}
+
+    app = Starlette(
+        routes=api.routes(),
+        lifespan=lifespan,
+        exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
+    )
+    app.add_middleware(Correlate, origins=door.origins)
+    gateway = Gateway(
+        auction_clock,
+        ClockSync(auction_clock, store.time_us),
+        hub,
+        feed,
+        TickFeed(store, hub, settings.shards),
+        door,
+        app,
+        metrics,
+    )
+    return gateway
+
+
+@contextlib.asynccontextmanager
+async def _running(gateway: Gateway) -> AsyncIterator[None]:
+    """Clock first, then the place in the event lane, then the feeds; all of them end together."""
+    await gateway.sync.start()
+    while True:
+        try:
+            await gateway.feed.start()
+            break
+        except StoreUnavailableError as error:
+            log.warning("waiting_for_redis", error=str(error))
+    tasks = [
+        asyncio.create_task(work)
+        for work in (
+            gateway.sync.run(gateway.metrics.drift_ms["gateway"].observe),
+            gateway.feed.run(),
+            gateway.ticks.run(),
+            gateway.door.watch_over(),
+        )
+    ]
+    for task in tasks:
+        task.add_done_callback(_end_with)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.remove_done_callback(_end_with)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _end_with(task: "asyncio.Task[None]") -> None:
+    """A loop that must not end has ended: so does the process, and its supervisor starts a fresh one."""
+    if not task.cancelled():
+        log.error("gateway_loop_failed", error=repr(task.exception()))
+        signal.raise_signal(signal.SIGABRT)
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return problem_response(error, request.state.correlation_id)
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == ProblemType.METHOD_NOT_ALLOWED.status:
+        problem = Problem(
+            ProblemType.METHOD_NOT_ALLOWED,
+            f"{request.method} is not offered here",
+            headers=dict(error.headers or {}),
+        )
+    else:
+        problem = Problem(ProblemType.RESOURCE_NOT_FOUND, "no such route; see /openapi.json")
+    return problem_response(problem, request.state.correlation_id)
+
+
+async def _failure(request: Request, _error: Exception) -> Response:
+    correlation_id = request.state.correlation_id
+    log.error("request_failed", path=request.url.path, correlation_id=correlation_id)
+    return problem_response(
+        Problem(ProblemType.INTERNAL_ERROR, "a fault of ours; report it with the correlation id"), correlation_id
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but the signals are ours: its own handling ends the process by the signal again, not with exit code 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain)
+        yield
+
+    def _drain(self) -> None:
+        self.should_exit = True
+
+
+async def serve(settings: Settings, registry: CollectorRegistry, listener: socket.socket) -> None:
+    """Run a gateway against `settings.redis_url` on a bound socket until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        RedisUrlError: the URL cannot be understood.
+    """
+    assert settings.redis_url is not None
+    clock = SystemClock()
+    link = RedisLink(settings.redis_url, clock, call_deadline_ms=CALL_DEADLINE_MS)
+    gateway = build(RedisStore(link, clock, settings.store_limits()), clock, settings, registry)
+    config = uvicorn.Config(
+        gateway.app,
+        http="h11",
+        ws=Connection,
+        lifespan="on",
+        loop="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=DRAIN_WITHIN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        h11_max_incomplete_event_size=HEADERS_BYTES_MAX,
+        backlog=4_096,
+    )
+    host, port = listener.getsockname()[:2]
+    log.info("gateway_starting", host=host, port=port, shards=settings.shards)
+    try:
+        await _Server(config).serve(sockets=[listener])
+    finally:
+        await link.close()
+    log.info("gateway_stopped")

@@ -1,0 +1,350 @@
+"""One socket: bytes in and out, nothing else.
+
+uvicorn hands the connection over when a request asks to become a WebSocket, and gives it to this class (`ws=`). Handshake,
+framing, ping, pong and close belong to the sans-I/O `ServerProtocol` of the websockets library; the hub writes frames that
+were built once straight to the transport. So a socket costs no task, no queue and no encoding of its own.
+
+    uvicorn ──data_received──▶ ServerProtocol ──events──▶ handshake · client frames
+    hub ──send(frame)────────▶ transport         (writable)
+        ──keep_event/tick────▶ outbox, one slot  (lagging, after pause_writing)
+"""
+
+import asyncio
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import orjson
+from websockets.datastructures import Headers
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from engine.contract.intake import AUCTION_ID
+from engine.store.protocol import StoreError
+from gateway.closing import CloseCode
+from gateway.problems import MEDIA_TYPE, Problem, ProblemType, problem_body
+from gateway.room import Room, text_frame
+
+if TYPE_CHECKING:
+    from gateway.door import Door
+
+CLIENT_FRAME_BYTES_MAX: Final = 4_096
+CLIENT_FRAMES_PER_SECOND_MAX: Final = 5
+BAD_MESSAGES_MAX: Final = 3
+CLOSE_WITHIN_S: Final = 5.0
+"""A peer that does not finish the closing handshake is cut off then."""
+WRITE_BUFFER_HIGH_BYTES: Final = 65_536
+"""Above this the transport asks to pause, and the socket counts as lagging: about 250 ticks."""
+REASON_BYTES_MAX: Final = 123
+"""RFC 6455, section 5.5.1: a close frame carries at most 125 bytes, two of them the code."""
+
+
+class Connection(asyncio.Protocol):
+    """A WebSocket connection, from its handshake on. Created by uvicorn, with its arguments."""
+
+    __slots__ = (
+        "_bad_messages",
+        "_closer",
+        "_frames_left",
+        "_frames_since_ns",
+        "_message",
+        "_outbox",
+        "_tick",
+        "_uvicorn_connections",
+        "address",
+        "door",
+        "lagging_since_ns",
+        "last_heard_ns",
+        "outbox_bytes",
+        "pinged",
+        "room",
+        "transport",
+        "ws",
+    )
+
+    def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any]) -> None:  # noqa: ARG002 - uvicorn names them
+        self.door: Door = app_state["door"]
+        self.ws = ServerProtocol(max_size=CLIENT_FRAME_BYTES_MAX)
+        self.room: Room | None = None
+        self.address = ""
+        self.last_heard_ns = self.door.now_ns()
+        self.pinged = False
+        self.lagging_since_ns = 0
+        self.outbox_bytes = 0
+        self._outbox: list[bytes] = []
+        self._tick: bytes | None = None
+        self._message: bytes | None = None
+        self._bad_messages = 0
+        self._frames_left = CLIENT_FRAMES_PER_SECOND_MAX
+        self._frames_since_ns = 0
+        self._closer: asyncio.TimerHandle | None = None
+        self._uvicorn_connections: set[Any] = server_state.connections
+
+    # asyncio.Protocol.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_HIGH_BYTES)
+        peer = transport.get_extra_info("peername")
+        self.address = peer[0] if isinstance(peer, tuple) else ""
+        self._uvicorn_connections.add(self)
+        self.door.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio names it
+        if self._closer is not None:
+            self._closer.cancel()
+        self._leave()
+        self._uvicorn_connections.discard(self)
+        self.door.closed(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.last_heard_ns = self.door.now_ns()
+        self.pinged = False
+        self.ws.receive_data(data)
+        for event in self.ws.events_received():
+            if isinstance(event, Request):
+                self._handshake(event)
+            else:
+                self._on_frame(cast(Frame, event))
+        self._flush()
+
+    def eof_received(self) -> None:
+        self.ws.receive_eof()
+        self._flush()
+
+    def pause_writing(self) -> None:
+        if self.room is not None:
+            self.lagging_since_ns = self.door.now_ns()
+            self.room.writable.discard(self)
+            self.room.lagging.add(self)
+
+    def resume_writing(self) -> None:
+        room = self.room
+        if room is None or self not in room.lagging:
+            return
+        kept, self._outbox, self.outbox_bytes = self._outbox, [], 0
+        if self._tick is not None:
+            kept.append(self._tick)
+            self._tick = None
+        room.lagging.discard(self)
+        room.writable.add(self)
+        # All at once: the outbox is bounded, and if it fills the transport again, pause_writing comes again.
+        self.transport.write(b"".join(kept))
+
+    # gateway.room.Subscriber.
+
+    def send(self, frame: bytes) -> None:
+        self.transport.write(frame)
+
+    def keep_event(self, frame: bytes) -> None:
+        self._outbox.append(frame)
+        self.outbox_bytes += len(frame)
+        if self.outbox_bytes > self.door.outbox_bytes_max:
+            self.close(CloseCode.SLOW_CONSUMER, "read faster, or come back with since")
+
+    def keep_tick(self, frame: bytes) -> None:
+        if self._tick is not None:
+            self.door.metrics.conflated_ticks.inc()
+        self._tick = frame
+
+    # Opening.
+
+    def _handshake(self, request: Request) -> None:
+        refused = self.door.refuse(self, request)
+        if refused is not None:
+            self._reject(refused)
+            return
+        target = urlsplit(request.path)
+        auction_id = _auction_id(target.path)
+        if auction_id is None:
+            self._reject(Problem(ProblemType.RESOURCE_NOT_FOUND, "sockets are at /auctions/{id}/updates"))
+            return
+        since = parse_qs(target.query).get("since", [None])[-1]
+        room = self.door.hub.known(auction_id)
+        if room is not None:
+            self._accept(request, room, since)
+        else:
+            self.door.spawn(self._load_and_accept(request, auction_id, since))
+
+    async def _load_and_accept(self, request: Request, auction_id: str, since: str | None) -> None:
+        try:
+            room = await self.door.hub.room(auction_id)
+        except StoreError:
+            self._reject(
+                Problem(
+                    ProblemType.DEPENDENCY_UNAVAILABLE,
+                    "the auction cannot be read now; try again",
+                    headers={"Retry-After": "1"},
+                )
+            )
+            return
+        if self.transport.is_closing():
+            return
+        if room is None:
+            self._reject(Problem(ProblemType.RESOURCE_NOT_FOUND, f"no auction {auction_id}"))
+        else:
+            self._accept(request, room, since)
+
+    def _accept(self, request: Request, room: Room, since: str | None) -> None:
+        response = self.ws.accept(request)
+        self.ws.send_response(response)
+        self._flush()
+        if self.ws.state is not State.OPEN:
+            self.door.metrics.handshake("malformed")
+            self._cut_soon()
+            return
+        self.door.metrics.handshake("accepted")
+        self.room = room
+        room.writable.add(self)
+        for frame in self.door.hub.greeting(room, since):
+            self.transport.write(frame)
+        if room.is_over:
+            self.door.on_over(room)
+
+    def _reject(self, problem: Problem) -> None:
+        self.door.metrics.handshake(problem.type.error_code.lower())
+        body = orjson.dumps(problem_body(problem, self.door.new_correlation_id()))
+        status = HTTPStatus(problem.type.status)
+        headers = Headers({"Content-Type": MEDIA_TYPE, "Content-Length": str(len(body)), "Connection": "close"})
+        for name, value in problem.headers.items():
+            headers[name] = value
+        self.ws.send_response(Response(status.value, status.phrase, headers, body))
+        self._flush()
+
+    # Client frames: `sync`, and nothing else.
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._message = None if frame.opcode is Opcode.BINARY else bytes(frame.data)
+        elif frame.opcode is Opcode.CONT:
+            self._message = None if self._message is None else self._message + bytes(frame.data)
+        else:
+            return  # ping, pong and close are answered by the library
+        if frame.fin and self._within_rate():
+            self._on_message(self._message)
+
+    def _within_rate(self) -> bool:
+        now = self.last_heard_ns
+        if now - self._frames_since_ns >= 1_000_000_000:
+            self._frames_since_ns, self._frames_left = now, CLIENT_FRAMES_PER_SECOND_MAX
+        self._frames_left -= 1
+        if self._frames_left < 0:
+            self.close(CloseCode.TOO_MANY, f"at most {CLIENT_FRAMES_PER_SECOND_MAX} messages a second")
+            return False
+        return True
+
+    def _on_message(self, message: bytes | None) -> None:
+        room = self.room
+        if room is None or self.ws.state is not State.OPEN:
+            return
+        received_at = self.door.hub.clock.now_ms()
+        fault = "a binary message; the protocol is JSON text" if message is None else None
+        sync: dict[str, Any] = {}
+        if message is not None:
+            try:
+                sync = orjson.loads(message)
+            except orjson.JSONDecodeError:
+                fault = "the message is not JSON"
+        fault = fault or _fault_of(sync)
+        if fault is not None:
+            self._complain(room, fault)
+            return
+        if sync.get("drift_ms") is not None:
+            self.door.metrics.drift_ms["client"].observe(abs(sync["drift_ms"]))
+        self._say(room, {"type": "sync", "t0": sync["t0"], "t1": received_at, "t2": self.door.hub.clock.now_ms()})
+
+    def _complain(self, room: Room, fault: str) -> None:
+        self._bad_messages += 1
+        self._say(room, {"type": "error", "error_code": "BAD_MESSAGE", "detail": fault})
+        if self._bad_messages >= BAD_MESSAGES_MAX:
+            self.close(CloseCode.BAD_MESSAGES, fault)
+
+    def _say(self, room: Room, body: dict[str, Any]) -> None:
+        body |= {
+            "auction_id": room.auction_id,
+            "server_time": self.door.hub.clock.now_ms(),
+            "trace_id": room.timer["trace_id"],
+        }
+        frame = text_frame(orjson.dumps(body))
+        if self in room.writable:
+            self.send(frame)
+        else:
+            self.keep_event(frame)
+
+    # Closing.
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        """Say why, and see that the socket is gone soon, whether the peer answers or not."""
+        self._leave()
+        if self.ws.state is not State.OPEN:
+            self.transport.close()
+            return
+        self.door.metrics.disconnect(code)
+        self.ws.send_close(code, reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore"))
+        self._flush()
+        self._cut_soon()
+
+    def shutdown(self) -> None:
+        """uvicorn is draining."""
+        if self.ws.state is State.OPEN:
+            self.close(CloseCode.GOING_AWAY, self.door.come_back())
+        else:
+            self.transport.close()
+
+    def ping(self) -> None:
+        """Ask whether anybody is there. Not of one that lags: its answer could not arrive in time, and its age is bounded."""
+        self.pinged = True
+        self.ws.send_ping(b"")
+        self._flush()
+
+    def _leave(self) -> None:
+        room, self.room = self.room, None
+        if room is not None:
+            room.writable.discard(self)
+            room.lagging.discard(self)
+        self._outbox, self._tick, self.outbox_bytes = [], None, 0
+
+    def _cut_soon(self) -> None:
+        if self._closer is None:
+            self._closer = asyncio.get_running_loop().call_later(CLOSE_WITHIN_S, self.transport.abort)
+
+    def _flush(self) -> None:
+        """Write what the protocol wants written; an empty chunk is its end of stream."""
+        if self.transport.is_closing():
+            return
+        for data in self.ws.data_to_send():
+            if data:
+                self.transport.write(data)
+            else:
+                self._leave()
+                self.transport.close()
+                return
+        if self.ws.state is not State.OPEN and self.ws.state is not State.CONNECTING:
+            self._leave()
+            self._cut_soon()
+
+
+def _auction_id(path: str) -> str | None:
+    """The auction in `/auctions/{id}/updates`; None if the path is another, or the id is none."""
+    parts = path.split("/")
+    if len(parts) != 4 or (parts[0], parts[1], parts[3]) != ("", "auctions", "updates"):
+        return None
+    auction_id = unquote(parts[2])
+    return auction_id if AUCTION_ID.fullmatch(auction_id) else None
+
+
+def _fault_of(sync: Any) -> str | None:
+    """What is wrong with a client message, as a sentence; None if nothing."""
+    if not isinstance(sync, dict) or sync.get("type") != "sync":
+        return 'the only message a client may send is {"type":"sync","t0":...}'
+    if not _is_number(sync.get("t0")):
+        return "t0 must be a number: your clock when you send, in ms"
+    if not all(sync.get(name) is None or _is_number(sync[name]) for name in ("drift_ms", "rtt_ms")):
+        return "drift_ms and rtt_ms must be numbers, in ms"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

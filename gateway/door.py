@@ -1,0 +1,133 @@
+"""The door of the gateway: who gets in, and who is asked to leave.
+
+Everything that concerns all sockets at once stands here: the limits, the look at every socket each few seconds, and the
+farewell when an auction is over or the process drains.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any, Final
+from uuid import uuid4
+
+import orjson
+from websockets.http11 import Request
+
+from engine.clock import Clock
+from engine.settings import Settings
+from gateway.closing import CloseCode
+from gateway.connection import Connection
+from gateway.hub import Hub
+from gateway.metrics import GatewayMetrics
+from gateway.origins import OriginRule
+from gateway.problems import Problem, ProblemType
+from gateway.room import Room
+
+OVER_LINGER_S: Final = 1.0
+"""From the last event to the farewell 4000: time for the frame to be seen, well within the promised 5 s."""
+LOOK_EVERY_S: Final = 1.0
+PING_AFTER_MS: Final = 20_000
+GONE_AFTER_MS: Final = 30_000
+RETRY_AFTER_MS: Final = 500
+JITTER_MS: Final = 3_000
+
+
+class Door:
+    """Admits sockets, watches over them, says farewell."""
+
+    def __init__(self, hub: Hub, settings: Settings, clock: Clock, metrics: GatewayMetrics) -> None:
+        self.hub = hub
+        self.metrics = metrics
+        self.outbox_bytes_max = settings.outbox_bytes_max
+        self.origins = OriginRule(settings.allowed_origins, loopback_only=settings.is_loopback)
+        self._settings = settings
+        self._clock = clock
+        self._connections: set[Connection] = set()
+        self._per_address: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._farewells: set[str] = set()
+        hub.on_over = self.on_over
+
+    def now_ns(self) -> int:
+        """The monotonic clock, in ns."""
+        return self._clock.monotonic_ns()
+
+    def new_correlation_id(self) -> str:
+        """An id for a request that brought none."""
+        return f"req-{uuid4().hex}"
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` beside the loop, and hold on to it until it is done."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def opened(self, connection: Connection) -> None:
+        """A connection wants to become a socket."""
+        self._connections.add(connection)
+        self._per_address[connection.address] += 1
+        self.metrics.connections.set(len(self._connections))
+
+    def closed(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self._connections.discard(connection)
+        self._per_address[connection.address] -= 1
+        if not self._per_address[connection.address]:
+            del self._per_address[connection.address]
+        self.metrics.connections.set(len(self._connections))
+
+    def refuse(self, connection: Connection, request: Request) -> Problem | None:
+        """Why a handshake is refused; None if it is not."""
+        settings = self._settings
+        if (
+            len(self._connections) > settings.connections_max
+            or self._per_address[connection.address] > settings.connections_per_address_max
+        ):
+            return Problem(
+                ProblemType.TOO_MANY_CONNECTIONS, "too many sockets; try again", headers={"Retry-After": "5"}
+            )  # fmt: skip
+        origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
+        if len(origins) > 1 or not self.origins.admits(origins[0] if origins else None, hosts[0] if hosts else None):
+            return Problem(
+                ProblemType.FOREIGN_ORIGIN,
+                "pages of this origin may not open sockets here; name it in AUCTION_TIMER_ALLOWED_ORIGINS if they should",
+            )
+        return None
+
+    def on_over(self, room: Room) -> None:
+        """An auction is over: everyone in its room has read why, and is let go."""
+        if room.auction_id not in self._farewells:
+            self._farewells.add(room.auction_id)
+            asyncio.get_running_loop().call_later(OVER_LINGER_S, self._farewell, room)
+
+    def _farewell(self, room: Room) -> None:
+        self._farewells.discard(room.auction_id)
+        if room.is_over:  # a failover may have taken the end back
+            for subscriber in (*room.writable, *room.lagging):
+                subscriber.close(CloseCode.AUCTION_OVER, "the auction is over")
+
+    def come_back(self) -> str:
+        """The reason of a farewell while draining: when to come back, spread by jitter."""
+        return orjson.dumps({"retry_after_ms": RETRY_AFTER_MS, "jitter_ms": JITTER_MS}).decode()
+
+    async def watch_over(self) -> None:
+        """Look at every socket once in a while, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S * random.uniform(0.9, 1.1))  # noqa: S311 - so that processes do not march
+            self._look()
+
+    def _look(self) -> None:
+        now_ns = self.now_ns()
+        lagging_max_ns = self._settings.outbox_age_max_ms * 1_000_000
+        for connection in self._connections.copy():
+            if connection.room is None:
+                continue
+            silent_ms = (now_ns - connection.last_heard_ns) / 1e6
+            if connection in connection.room.lagging:
+                if now_ns - connection.lagging_since_ns > lagging_max_ns:
+                    connection.close(CloseCode.SLOW_CONSUMER, "read faster, or come back with since")
+            elif silent_ms > GONE_AFTER_MS:
+                connection.close(CloseCode.HEARTBEAT_MISSED, "no answer to a ping")
+            elif silent_ms > PING_AFTER_MS and not connection.pinged:
+                connection.ping()

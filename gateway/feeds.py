@@ -1,0 +1,92 @@
+"""The two feeds of a gateway: each a loop that no fault of Redis ends."""
+
+import asyncio
+from typing import Final
+
+import structlog
+
+from engine.clock import Clock
+from engine.contract.cursors import stream_order
+from engine.store.link import RedisRefusedError
+from engine.store.protocol import StoreUnavailableError, ViewStore
+from gateway.hub import Hub
+
+READ_MAX: Final = 500
+BLOCK_MS: Final = 1_000
+SILENCE_MAX_MS: Final = 3_000
+"""A feed that has not heard from Redis for this long is lost: what it feeds is marked stale."""
+BACKOFF_S: Final = 0.2
+
+log = structlog.get_logger()
+
+
+class EventFeed:
+    """Follows the event lane of every shard with a cursor."""
+
+    def __init__(self, store: ViewStore, hub: Hub, clock: Clock, shards: int) -> None:
+        self._store = store
+        self._hub = hub
+        self._clock = clock
+        self._shards = shards
+        self._heard = clock.monotonic_ns()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether Redis answered lately."""
+        return self._clock.monotonic_ns() - self._heard < SILENCE_MAX_MS * 1_000_000
+
+    async def start(self) -> None:
+        """Take the places from which the lane will be followed.
+
+        Raises:
+            StoreUnavailableError: Redis does not answer.
+        """
+        for shard in range(self._shards):
+            self._hub.start_at(shard, await self._store.last_update(shard))
+        self._heard = self._clock.monotonic_ns()
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        check = False
+        while True:
+            try:
+                if check:
+                    await self._check_regress()
+                    check = False
+                found = await self._store.read_updates(self._hub.positions, READ_MAX, BLOCK_MS)
+            except (StoreUnavailableError, RedisRefusedError) as error:
+                log.warning("event_lane_lost", error=str(error))
+                check = True
+                await asyncio.sleep(BACKOFF_S)
+                continue
+            self._heard = self._clock.monotonic_ns()
+            for shard, entries in found.items():
+                self._hub.on_updates(shard, entries)
+
+    async def _check_regress(self) -> None:
+        """After an outage the lane may end before our place: a failover lost its last entries. Start over there."""
+        for shard, position in list(self._hub.positions.items()):
+            last = await self._store.last_update(shard)
+            if stream_order(last) < stream_order(position):
+                log.warning("event_lane_went_back", shard=shard, was=position, now=last)
+                self._hub.start_at(shard, last)
+                await self._hub.reload(shard, "failover")
+
+
+class TickFeed:
+    """Listens to the tick lane of every shard."""
+
+    def __init__(self, store: ViewStore, hub: Hub, shards: int) -> None:
+        self._store = store
+        self._hub = hub
+        self._shards = range(shards)
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        while True:
+            try:
+                async for shard, payload in self._store.ticks(self._shards):
+                    self._hub.on_ticks(shard, payload)
+            except (StoreUnavailableError, RedisRefusedError) as error:
+                log.warning("tick_lane_lost", error=str(error))
+                await asyncio.sleep(BACKOFF_S)

@@ -1,0 +1,253 @@
+"""The hub: rooms, and the two lanes that feed them.
+
+What a gateway knows of an auction is loaded once, on the first demand, together with the place in the event lane as of
+which it stands so; from then on the event lane keeps it current, whether anybody watches or not. So ten thousand sockets
+that reconnect, and a thousand clients that poll, cost Redis one read in all.
+"""
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from engine.clock import AuctionClock
+from engine.contract.cursors import Cursor, stream_order
+from engine.contract.frames import is_frame
+from engine.contract.keys import shard_of
+from engine.contract.timers import as_of, timer
+from engine.store.protocol import UpdateEntry, ViewStore
+from gateway.metrics import EVENT_LANE, TICK_LANE, GatewayMetrics
+from gateway.room import Room, text_frame
+
+ROOMS_MAX: Final = 50_000
+"""Auctions remembered; the longest unused ones that nobody watches are forgotten. About 2 kB each."""
+RING_MAX: Final = 10_000
+"""Events per shard that can be replayed from memory to a client that comes back."""
+ANNOUNCE_AT_MS: Final = (600_000, 300_000, 60_000, 10_000)
+"""Remaining times worth announcing to a person who cannot see the digits (WAI-ARIA `timer` is silent by itself)."""
+HEARTBEAT_MS: Final = 15_000
+"""A client that hears nothing for this long, not even a tick, may suspect its connection."""
+
+log = structlog.get_logger()
+
+
+class Hub:
+    """All rooms of one gateway process."""
+
+    def __init__(self, store: ViewStore, clock: AuctionClock, shards: int, metrics: GatewayMetrics) -> None:
+        self._store = store
+        self._shards = shards
+        self._metrics = metrics
+        self._rooms: OrderedDict[bytes, Room] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[Room | None]] = {}
+        self._held: dict[str, list[UpdateEntry]] = {}
+        self._rings: dict[int, deque[UpdateEntry]] = {shard: deque(maxlen=RING_MAX) for shard in range(shards)}
+        self._ring_from: dict[int, str] = {}
+        self.clock = clock
+        self.positions: dict[int, str] = {}
+        """How far the event lane was read, per shard."""
+        self.engine_seen: dict[int, int] = {}
+        """When each shard's engine was last heard, on the auction clock, in ms."""
+        self.stale: Callable[[], bool] = lambda: False
+        """Whether the event lane is out of reach, so that what is remembered may be old."""
+        self.on_over: Callable[[Room], None] = lambda _room: None
+
+    def start_at(self, shard: int, stream_id: str) -> None:
+        """The event lane of a shard will be read from here."""
+        self.positions[shard] = self._ring_from[shard] = stream_id
+        self._rings[shard].clear()
+
+    # Loading.
+
+    async def room(self, auction_id: str) -> Room | None:
+        """The room of an auction, loaded if need be; None if there is no such auction.
+
+        Raises:
+            StoreUnavailableError: it is not in memory, and Redis does not answer.
+        """
+        key = auction_id.encode()
+        known = self._rooms.get(key)
+        if known is not None:
+            self._rooms.move_to_end(key)
+            return known
+        loading = self._loading.get(auction_id)
+        if loading is None:
+            loading = self._loading[auction_id] = asyncio.create_task(self._load(auction_id))
+            loading.add_done_callback(lambda _done: self._loading.pop(auction_id, None))
+        return await asyncio.shield(loading)
+
+    def known(self, auction_id: str) -> Room | None:
+        """The room of an auction if it is in memory."""
+        return self._rooms.get(auction_id.encode())
+
+    async def _load(self, auction_id: str) -> Room | None:
+        shard = shard_of(auction_id, self._shards)
+        held = self._held[auction_id] = []
+        try:
+            view = await self._store.view(shard, auction_id)
+        finally:
+            del self._held[auction_id]
+        if view.record is None or not view.record.auction.status.is_public:
+            return None
+        room = Room(auction_id, shard)
+        room.loaded_order = stream_order(view.stream_id)
+        room.show(timer(view.record, self.clock.now_ms(), None))
+        self._rooms[auction_id.encode()] = room
+        # What came while we were asking: part of the view, or newer than it.
+        for entry in held:
+            self._apply(room, entry)
+        self._forget_unused()
+        return room
+
+    def _forget_unused(self) -> None:
+        if len(self._rooms) <= ROOMS_MAX:
+            return
+        for key, room in list(self._rooms.items())[: len(self._rooms) // 10]:
+            if not room.is_watched:
+                del self._rooms[key]
+
+    async def reload(self, shard: int, cause: str) -> None:
+        """The event lane of a shard went back or was lost: read its rooms anew and tell everyone who watches."""
+        for key, room in list(self._rooms.items()):
+            if room.shard != shard:
+                continue
+            if not room.is_watched:
+                del self._rooms[key]
+                continue
+            view = await self._store.view(shard, room.auction_id)
+            if view.record is None or not view.record.auction.status.is_public:
+                continue
+            room.version = 0
+            room.loaded_order = stream_order(view.stream_id)
+            now = self.clock.now_ms()
+            room.show(timer(view.record, now, None))
+            cursor = str(Cursor(shard, self.positions[shard]))
+            body = {
+                "type": "timer.resynced",
+                "auction_id": room.auction_id,
+                "cursor": cursor,
+                "server_time": now,
+                "trace_id": room.timer["trace_id"],
+                "cause": cause,
+                "timer": as_of(room.timer, now, cursor),
+            }
+            room.event(text_frame(orjson.dumps(body)))
+            if room.is_over:
+                self.on_over(room)
+
+    # The event lane.
+
+    def on_updates(self, shard: int, entries: Sequence[UpdateEntry]) -> None:
+        """Take entries of the event lane, in order."""
+        ring = self._rings[shard]
+        for entry in entries:
+            self.positions[shard] = entry.stream_id
+            if not is_frame(entry.type):
+                continue
+            if len(ring) == RING_MAX:
+                self._ring_from[shard] = ring[0].stream_id
+            ring.append(entry)
+            if (held := self._held.get(entry.auction_id)) is not None:
+                held.append(entry)
+            room = self._rooms.get(entry.auction_id.encode())
+            if room is not None:
+                self._apply(room, entry)
+
+    def _apply(self, room: Room, entry: UpdateEntry) -> None:
+        if stream_order(entry.stream_id) <= room.loaded_order:
+            return
+        body = self._body(room.shard, entry)
+        if body is None:
+            return
+        was_over = room.is_over
+        if "timer" in body:
+            room.show(body["timer"])
+        if room.is_watched:
+            room.event(text_frame(orjson.dumps(body)))
+            self._metrics.delivery_ms[EVENT_LANE].observe(max(0, self.clock.now_ms() - body["committed_at"]))
+        if room.is_over and not was_over:
+            self.on_over(room)
+
+    def _body(self, shard: int, entry: UpdateEntry) -> dict[str, Any] | None:
+        """An entry as the frame that is sent now: with its cursor, and the time of sending."""
+        try:
+            body: dict[str, Any] = orjson.loads(entry.body)
+        except orjson.JSONDecodeError:
+            log.exception("update_unreadable", shard=shard, stream_id=entry.stream_id)
+            return None
+        now = self.clock.now_ms()
+        cursor = str(Cursor(shard, entry.stream_id))
+        body["committed_at"] = body.get("server_time", now)
+        body["cursor"] = cursor
+        body["server_time"] = now
+        if "timer" in body:
+            body["timer"] = as_of(body["timer"], now, cursor)
+        return body
+
+    # What a socket is told first.
+
+    def timer(self, room: Room) -> dict[str, Any]:
+        """The auction's timer as of now."""
+        cursor = str(Cursor(room.shard, self.positions[room.shard]))
+        return as_of(room.timer, self.clock.now_ms(), cursor, stale=self.stale())
+
+    def greeting(self, room: Room, since: str | None) -> list[bytes]:
+        """The first frames for a socket: the snapshot, then what it missed since its cursor, if that is still known."""
+        missed = None if since is None else self._missed(room, since)
+        recovered = None if since is None else missed is not None
+        if recovered is not None:
+            self._metrics.resumes[recovered].inc()
+        view = self.timer(room)
+        snapshot = {
+            "type": "timer.snapshot",
+            "auction_id": room.auction_id,
+            "cursor": view["cursor"],
+            "server_time": view["server_time"],
+            "trace_id": view["trace_id"],
+            "timer": view,
+            "recovered": recovered,
+            "heartbeat_ms": HEARTBEAT_MS,
+            "announce_at_ms": ANNOUNCE_AT_MS,
+        }
+        return [text_frame(orjson.dumps(snapshot)), *(missed or ())]
+
+    def _missed(self, room: Room, since: str) -> list[bytes] | None:
+        """The events of an auction behind a cursor; None if they are not all remembered."""
+        cursor = Cursor.parse(since)
+        if cursor is None or cursor.shard != room.shard:
+            return None
+        behind = stream_order(cursor.stream_id)
+        if not stream_order(self._ring_from[room.shard]) <= behind <= stream_order(self.positions[room.shard]):
+            return None
+        bodies = [
+            self._body(room.shard, entry)
+            for entry in self._rings[room.shard]
+            if entry.auction_id == room.auction_id and stream_order(entry.stream_id) > behind
+        ]
+        return [text_frame(orjson.dumps(body)) for body in bodies if body is not None]
+
+    # The tick lane.
+
+    def on_ticks(self, shard: int, payload: bytes) -> None:
+        """Take one message of the tick lane: lines that are split and passed on, never parsed."""
+        rooms = self._rooms
+        for line in payload.split(b"\n"):
+            auction_id, _, rest = line.partition(b" ")
+            if auction_id == b"!":
+                with contextlib.suppress(ValueError):
+                    self._hear(shard, int(rest.rpartition(b" ")[2]))
+                continue
+            room = rooms.get(auction_id)
+            if room is not None and room.is_watched:
+                version, _, frame = rest.partition(b" ")
+                room.tick(int(version), text_frame(frame))
+
+    def _hear(self, shard: int, sent_at: int) -> None:
+        now = self.clock.now_ms()
+        self.engine_seen[shard] = now
+        # The heartbeat is the last line of its message: what it took, the ticks before it took as well.
+        self._metrics.delivery_ms[TICK_LANE].observe(max(0, now - sent_at))

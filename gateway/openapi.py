@@ -1,0 +1,234 @@
+"""`/openapi.json`: every route with its answers (requirement R28). A test holds it to the running server."""
+
+from functools import cache
+from typing import Any, Final
+
+from engine.domain.lifecycle import Status
+from gateway.events import event_schemas
+from gateway.listing import LIMIT_MAX
+from gateway.problems import MEDIA_TYPE, ProblemType
+
+_JSON: Final = "application/json"
+
+_INSTANT: Final = {"type": "integer", "description": "ms since the Unix epoch"}
+_DURATION: Final = {"type": "integer", "description": "ms"}
+_STATUSES: Final = [status.value for status in Status if status.is_public]
+
+TIMER: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "auction_id": {"type": "string"},
+        "offer_id": {"type": "string"},
+        "status": {"enum": _STATUSES},
+        "version": {"type": "integer", "minimum": 1},
+        "starts_at": _INSTANT,
+        "ends_at": _INSTANT,
+        "original_ends_at": _INSTANT,
+        "soft_close_until": {"type": ["integer", "null"], "description": "null before the window opened, then the end"},
+        "final_deadline": _INSTANT | {"description": "the last possible end, ms since the Unix epoch"},
+        "extension_count": {"type": "integer", "minimum": 0},
+        "extension_used_ms": _DURATION,
+        "extension_left_ms": _DURATION,
+        "at_cap": {"type": "boolean"},
+        "clipped_by": {"enum": ["count", "increment", "total"]},
+        "remaining_ms": _DURATION | {"minimum": 0},
+        "paused_remaining_ms": _DURATION,
+        "ended_at": _INSTANT,
+        "cancelled_at": _INSTANT,
+        "reason": {"type": "string"},
+        "server_time": _INSTANT,
+        "trace_id": {"type": "string"},
+        "cursor": {"type": ["string", "null"], "description": "where the event lane stood; hand it back as `since`"},
+        "stale": {"type": "boolean", "description": "Redis is away: this is from memory"},
+    },
+    "required": [
+        "auction_id", "status", "version", "starts_at", "ends_at", "original_ends_at", "soft_close_until",
+        "final_deadline", "extension_count", "extension_used_ms", "extension_left_ms", "at_cap", "remaining_ms",
+        "server_time", "trace_id", "cursor", "stale",
+    ],
+}  # fmt: skip
+
+_PROBLEM: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": "RFC 9457 problem details",
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "error_code": {"enum": sorted(problem.error_code for problem in ProblemType)},
+        "correlation_id": {"type": "string"},
+    },
+    "required": ["type", "title", "status", "detail", "error_code", "correlation_id"],
+}
+
+_RESULTS: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "results": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "id": {"type": "string"},
+                    "status": {"enum": ["accepted", "duplicate"]},
+                    "arrival_ms": _INSTANT | {"description": "the stamp that decides, ms since the Unix epoch"},
+                },
+                "required": ["id", "status", "arrival_ms"],
+            },
+        }
+    },
+    "required": ["results"],
+}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _answer(description: str, schema: dict[str, Any] | None, media_type: str = _JSON) -> dict[str, Any]:
+    return {"description": description} | ({"content": {media_type: {"schema": schema}}} if schema else {})
+
+
+def _problems(*types: ProblemType) -> dict[str, Any]:
+    by_status: dict[str, list[str]] = {}
+    for problem in types:
+        by_status.setdefault(str(problem.status), []).append(problem.error_code)
+    return {
+        status: _answer(" or ".join(f"`{code}`" for code in codes), _ref("Problem"), MEDIA_TYPE)
+        for status, codes in by_status.items()
+    }
+
+
+def _query(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+
+
+_AUCTION_ID: Final = {
+    "name": "auction_id",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+}
+
+
+def _paths() -> dict[str, Any]:
+    timer_with_poll = {
+        "allOf": [
+            _ref("Timer"),
+            {"type": "object", "properties": {"next_poll_ms": _DURATION}, "required": ["next_poll_ms"]},
+        ]
+    }
+    page = {
+        "type": "object",
+        "properties": {
+            "auctions": {"type": "array", "items": _ref("Timer")},
+            "next_cursor": {"type": ["string", "null"]},
+        },
+        "required": ["auctions", "next_cursor"],
+    }
+    readiness = {
+        "type": "object",
+        "properties": {
+            "ready": {"type": "boolean"},
+            "checks": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+        "required": ["ready", "checks"],
+    }
+    health = {"type": "object", "properties": {"status": {"const": "alive"}, "version": {"type": "string"}}}
+    return {
+        "/events": {
+            "post": {
+                "operationId": "postEvents",
+                "summary": "Accept one event or a batch of up to 500, all or nothing",
+                "requestBody": {"required": True, "content": {_JSON: {"schema": _ref("EventsRequest")}}},
+                "responses": {
+                    "202": _answer("Taken, with the arrival of each", _ref("EventResults")),
+                    **_problems(
+                        ProblemType.MALFORMED_JSON,
+                        ProblemType.MALFORMED_EVENTS,
+                        ProblemType.EMPTY_BATCH,
+                        ProblemType.BATCH_TOO_LARGE,
+                        ProblemType.FOREIGN_ORIGIN,
+                        ProblemType.PAYLOAD_TOO_LARGE,
+                        ProblemType.INTAKE_FULL,
+                        ProblemType.DEPENDENCY_UNAVAILABLE,
+                    ),
+                },
+            }
+        },
+        "/auctions": {
+            "get": {
+                "operationId": "listAuctions",
+                "summary": "Auctions, next to close first, then paused ones, then closed ones with the latest first",
+                "parameters": [
+                    _query("status", "only auctions in this status", {"enum": _STATUSES}),
+                    _query("ending_before", "only auctions that end before this instant", _INSTANT | {"minimum": 1}),
+                    _query("limit", "auctions per page", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX}),
+                    _query("cursor", "`next_cursor` of the page before", {"type": "string"}),
+                ],
+                "responses": {
+                    "200": _answer("One page", page),
+                    **_problems(ProblemType.INVALID_PARAMETER, ProblemType.DEPENDENCY_UNAVAILABLE),
+                },
+            }
+        },
+        "/auctions/{auction_id}/timer": {
+            "get": {
+                "operationId": "getTimer",
+                "summary": "The countdown of one auction",
+                "parameters": [_AUCTION_ID],
+                "responses": {
+                    "200": _answer("The timer", timer_with_poll),
+                    "304": _answer("Unchanged since the version in `If-None-Match`", None),
+                    **_problems(ProblemType.RESOURCE_NOT_FOUND, ProblemType.DEPENDENCY_UNAVAILABLE),
+                },
+            }
+        },
+        "/healthz": {
+            "get": {
+                "operationId": "health",
+                "summary": "Whether the process is alive",
+                "responses": {"200": _answer("Alive", health)},
+            }
+        },
+        "/readyz": {
+            "get": {
+                "operationId": "readiness",
+                "summary": "Whether the gateway can do its job, and what is missing if not",
+                "responses": {"200": _answer("Ready", readiness), "503": _answer("Not ready", readiness)},
+            }
+        },
+        "/metrics": {
+            "get": {
+                "operationId": "metrics",
+                "summary": "Metrics in the Prometheus text format",
+                "responses": {"200": _answer("Metrics", {"type": "string"}, "text/plain")},
+            }
+        },
+        "/openapi.json": {
+            "get": {
+                "operationId": "openapi",
+                "summary": "This description",
+                "responses": {"200": _answer("OpenAPI 3.1", {"type": "object"})},
+            }
+        },
+    }
+
+
+@cache
+def document(version: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "auction-timer",
+            "version": version,
+            "description": "Realtime auction timers. Every answer carries `X-Correlation-Id`, echoed or generated. "
+            "The socket at `/auctions/{auction_id}/updates` is not HTTP and not described here.",
+        },
+        "paths": _paths(),
+        "components": {
+            "schemas": event_schemas() | {"Timer": TIMER, "Problem": _PROBLEM, "EventResults": _RESULTS},
+        },
+    }

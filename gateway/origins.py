@@ -1,0 +1,40 @@
+"""Which pages may use the API: browsers say where a page came from, and a page from elsewhere is refused.
+
+Without this any web page could open sockets to, or post events at, a gateway on somebody's own machine (cross-site WebSocket
+hijacking), or reach it under a name of its own that resolves to 127.0.0.1 (DNS rebinding).
+"""
+
+import ipaddress
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+
+class OriginRule:
+    """Decides on an `Origin` header.
+
+    Args:
+        allowed: origins that always may, such as `https://bids.example`.
+        loopback_only: the gateway is bound to loopback; its own origin then has a loopback name.
+    """
+
+    def __init__(self, allowed: Sequence[str], *, loopback_only: bool) -> None:
+        self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
+        self._loopback_only = loopback_only
+
+    def admits(self, origin: str | None, host: str | None) -> bool:
+        """Whether a request with this `Origin` and `Host` may pass. Programs send no origin, and pass."""
+        if origin is None or origin.lower() in self._allowed:
+            return True
+        parts = urlsplit(origin.lower())
+        if not host or parts.netloc != host.lower():
+            return False
+        return not self._loopback_only or _is_loopback(parts.hostname or "")
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

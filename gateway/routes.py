@@ -1,0 +1,276 @@
+"""The HTTP routes: each reads what was asked, asks the hub or the store, and answers. Problems are raised, not returned."""
+
+import asyncio
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final
+from uuid import uuid4
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from engine.contract import intake
+from engine.contract.intake import AUCTION_ID, IntakeEvent
+from engine.contract.keys import shard_of
+from engine.contract.timers import timer
+from engine.domain.cadence import tick_step_ms
+from engine.domain.events import Bid
+from engine.domain.instants import EPOCH_MS_MAX, EpochMs
+from engine.domain.lifecycle import Status
+from engine.domain.policy import TICK_INTERVAL_MS_MAX
+from engine.store.protocol import Appended, Draft, Intake, IntakeFullError, StoreError, StoreUnavailableError, ViewStore
+from gateway.events import BODY_BYTES_MAX, parse_events
+from gateway.hub import Hub
+from gateway.listing import LIMIT_DEFAULT, LIMIT_MAX, Place, list_auctions
+from gateway.metrics import exposition
+from gateway.openapi import document
+from gateway.problems import Problem, ProblemType
+from gateway.readiness import Readiness
+
+VERSION: Final = version("auction-timer")
+RETRY_AFTER_S: Final = "1"
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer in JSON."""
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """The routes and what they ask."""
+
+    hub: Hub
+    intake: Intake
+    store: ViewStore
+    shards: int
+    readiness: Readiness
+    registry: CollectorRegistry
+
+    def routes(self) -> list[Route]:
+        """All routes, in the order of the documentation."""
+        return [
+            Route("/events", self.post_events, methods=["POST"]),
+            Route("/auctions", self.list_auctions, methods=["GET"]),
+            Route("/auctions/{auction_id}/timer", self.get_timer, methods=["GET"]),
+            Route("/healthz", self.healthz, methods=["GET"]),
+            Route("/readyz", self.readyz, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
+        ]
+
+    # Events.
+
+    async def post_events(self, request: Request) -> Response:
+        """Accept one event or a batch, all or nothing, and answer with each one's arrival."""
+        body = await _bounded_body(request)
+        events = parse_events(
+            body,
+            correlation_id=request.state.correlation_id,
+            traceparent=request.headers.get("traceparent"),
+            new_trace_id=lambda: uuid4().hex,
+        )
+        appended = await self._append(events)
+        results = [
+            {
+                "id": event.context.event_id,
+                "status": "accepted" if result.accepted else "duplicate",
+                "arrival_ms": result.at,
+            }
+            for event, result in zip(events, appended, strict=True)
+        ]
+        return json_response({"results": results}, 202)
+
+    async def _append(self, events: list[IntakeEvent]) -> list[Appended]:
+        """Append each event to the shard of its auction; one that names only an offer goes to every shard.
+
+        Which shard an offer's auction lives in is not known here, and may not be known anywhere yet. So each shard gets the
+        cancellation in its own order, and keeps it until a start names the offer.
+        """
+        by_shard: dict[int, list[tuple[int, Draft]]] = {}
+        for index, event in enumerate(events):
+            draft = _draft(event)
+            auction_id = event.auction_id
+            targets = range(self.shards) if auction_id is None else (shard_of(auction_id, self.shards),)
+            for shard in targets:
+                by_shard.setdefault(shard, []).append((index, draft))
+        est = self.hub.clock.now_ms()
+        command_id = uuid4().hex
+        answers = await asyncio.gather(
+            *(
+                self.intake.append(shard, [draft for _, draft in drafts], est, command_id)
+                for shard, drafts in by_shard.items()
+            ),
+            return_exceptions=True,
+        )
+        results: dict[int, Appended] = {}
+        for drafts, answer in zip(by_shard.values(), answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise _intake_problem(answer)
+            for (index, _), result in zip(drafts, answer, strict=True):
+                known = results.get(index)
+                results[index] = result if known is None else _later(known, result)
+        return [results[index] for index in range(len(events))]
+
+    # Auctions.
+
+    async def get_timer(self, request: Request) -> Response:
+        """The countdown of one auction."""
+        auction_id = request.path_params["auction_id"]
+        room = None
+        if AUCTION_ID.fullmatch(auction_id):
+            try:
+                room = await self.hub.room(auction_id)
+            except StoreUnavailableError:
+                raise unavailable("the auction cannot be read now") from None
+        if room is None:
+            raise Problem(ProblemType.RESOURCE_NOT_FOUND, f"no auction {auction_id[:128]}")
+        etag = f'"{room.version}"'
+        headers = {"ETag": etag, "Cache-Control": "no-cache"}
+        if _matches(request.headers.get("if-none-match"), etag):
+            return Response(status_code=304, headers=headers)
+        view = self.hub.timer(room)
+        return json_response(view | {"next_poll_ms": next_poll_ms(view)}, headers=headers)
+
+    async def list_auctions(self, request: Request) -> Response:
+        """A page of auctions, next to close first."""
+        query = request.query_params
+        place = None
+        if (cursor := query.get("cursor")) is not None:
+            place = Place.decode(cursor)
+            if place is None:
+                raise _invalid("cursor", "must be the next_cursor of an earlier answer")
+        try:
+            found, next_place = await list_auctions(
+                self.store,
+                self.shards,
+                status=_status(query.get("status")),
+                ending_before=_instant(query.get("ending_before")),
+                limit=_limit(query.get("limit")),
+                place=place,
+            )
+        except StoreUnavailableError:
+            raise unavailable("auctions cannot be listed now") from None
+        now = self.hub.clock.now_ms()
+        return json_response(
+            {
+                "auctions": [timer(record, now, None, stale=self.hub.stale()) for record in found],
+                "next_cursor": next_place.encode() if next_place else None,
+            }
+        )
+
+    # Operations.
+
+    async def healthz(self, _request: Request) -> Response:
+        """Whether the process is alive."""
+        return json_response({"status": "alive", "version": VERSION})
+
+    async def readyz(self, _request: Request) -> Response:
+        """Whether the gateway can do its job, and what is missing if not."""
+        checks = self.readiness.checks()
+        ready = all(found == "ok" for found in checks.values())
+        return json_response({"ready": ready, "checks": checks}, 200 if ready else 503)
+
+    async def metrics(self, _request: Request) -> Response:
+        """Metrics in the Prometheus text format."""
+        return Response(exposition(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def openapi(self, _request: Request) -> Response:
+        """This description."""
+        return json_response(document(VERSION))
+
+
+def next_poll_ms(view: dict[str, Any]) -> int:
+    """When a client that cannot hold a socket should ask again: as often as it would have been sent a tick."""
+    if view["status"] not in {Status.SCHEDULED, Status.ACTIVE, Status.CLOSING}:
+        return TICK_INTERVAL_MS_MAX
+    return tick_step_ms(view["remaining_ms"], TICK_INTERVAL_MS_MAX)
+
+
+def unavailable(detail: str) -> Problem:
+    """Redis does not answer."""
+    return Problem(ProblemType.DEPENDENCY_UNAVAILABLE, detail, headers={"Retry-After": RETRY_AFTER_S})
+
+
+def _intake_problem(error: BaseException) -> BaseException:
+    """What the caller is told of an append that failed; a fault of ours stays what it is."""
+    if isinstance(error, IntakeFullError):
+        return Problem(
+            ProblemType.INTAKE_FULL,
+            f"{error}; send the same events again, those that were taken count once",
+            headers={"Retry-After": RETRY_AFTER_S},
+        )
+    if isinstance(error, StoreError):
+        return unavailable("the events may or may not have been taken: send them again with the same ids")
+    return error
+
+
+def _draft(event: IntakeEvent) -> Draft:
+    # The same bid announced under two event ids is one bid: it must not extend an auction twice.
+    bid = event.event
+    seen_ids = (f"bid:{event.auction_id}:{bid.bid_id}",) if isinstance(bid, Bid) else ()
+    return Draft(event.context.event_id, intake.encode(event), seen_ids)
+
+
+def _later(one: Appended, other: Appended) -> Appended:
+    """An event that went to several shards: accepted if any took it, at the latest arrival."""
+    return Appended(one.event_id, one.accepted or other.accepted, EpochMs(max(one.at, other.at)))
+
+
+async def _bounded_body(request: Request) -> bytes:
+    """The body, never holding more than the bound of it, whatever its sender claims."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > BODY_BYTES_MAX:
+                raise Problem(
+                    ProblemType.PAYLOAD_TOO_LARGE,
+                    f"a body has at most {BODY_BYTES_MAX} bytes",
+                    extra={"body_bytes_max": BODY_BYTES_MAX},
+                    headers={"Connection": "close"},
+                )
+    except ClientDisconnect:
+        raise Problem(ProblemType.MALFORMED_JSON, "the connection ended before the body did") from None
+    return bytes(body)
+
+
+def _matches(if_none_match: str | None, etag: str) -> bool:
+    """RFC 9110, section 13.1.2: weak comparison with each entity tag of the list."""
+    if if_none_match is None:
+        return False
+    tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
+    return "*" in tags or etag in tags
+
+
+def _invalid(name: str, wanted: str) -> Problem:
+    return Problem(ProblemType.INVALID_PARAMETER, f"{name} {wanted}", extra={"parameter": name})
+
+
+def _status(text: str | None) -> Status | None:
+    if text is None:
+        return None
+    public = [status.value for status in Status if status.is_public]
+    if text not in public:
+        raise _invalid("status", f"must be one of {', '.join(public)}")
+    return Status(text)
+
+
+def _integer(name: str, text: str | None, least: int, most: int) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most):
+        raise _invalid(name, f"must be an integer from {least} to {most}")
+    return int(text)
+
+
+def _limit(text: str | None) -> int:
+    return _integer("limit", text, 1, LIMIT_MAX) or LIMIT_DEFAULT
+
+
+def _instant(text: str | None) -> EpochMs | None:
+    value = _integer("ending_before", text, 1, EPOCH_MS_MAX)
+    return None if value is None else EpochMs(value)
