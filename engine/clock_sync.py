@@ -42,9 +42,9 @@ class ClockSync:
         while taken < BURST:
             if await self.sample():
                 taken += 1
+                self._clock.settle()  # each time: good samples must not be steps because the first one was slow
             else:
                 await asyncio.sleep(RETRY_S)
-        self._clock.settle()
         wall_us = self._clock.clock.wall_ms() * 1_000
         apart_us = self._clock.now_us() - wall_us
         if abs(apart_us) > STEP_US:

@@ -83,7 +83,8 @@ class LeaseKeeper:
             log.info("shard_claimed", shard=shard, epoch=lease.epoch)
             await self._gained(shard, lease.epoch)
         elif lease != seen:
-            self._watched[shard] = (lease, now)
+            # As of the answer: while it was on its way the holder may have beaten.
+            self._watched[shard] = (lease, self._clock.monotonic_ns())
 
     async def release(self) -> None:
         """Give everything back, so that the next engine need not wait."""

@@ -6,7 +6,7 @@ again, and because no single timer is trusted to be the one that closes, the loo
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import structlog
@@ -55,16 +55,15 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._heartbeat_at = EpochMs(0)
 
-    def enter(self, record: TimerRecord, *, tick_now: bool) -> None:
+    def enter(self, records: Iterable[TimerRecord], *, tick_now: bool) -> None:
         """See `engine.shard.Calendar`."""
-        auction = record.auction
-        due = next_due(auction)
         now = self._clock.now_ms()
-        self._dues.set(auction.auction_id, due[0] if due else None)
-        tick_at = next_tick_at(auction, now)
-        if tick_at is not None and tick_now:
-            tick_at = now
-        self._ticks.set(auction.auction_id, tick_at)
+        for record in records:
+            auction = record.auction
+            due = next_due(auction)
+            self._dues.set(auction.auction_id, due[0] if due else None)
+            tick_at = next_tick_at(auction, now)
+            self._ticks.set(auction.auction_id, now if tick_now and tick_at is not None else tick_at)
         self._wake.set()
 
     def wake_at(self, auction_id: str, at: EpochMs) -> None:

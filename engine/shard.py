@@ -6,8 +6,8 @@ is the same: forget the memory, load the shard again from its committed cursor, 
 """
 
 import asyncio
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 from uuid import uuid4
@@ -54,8 +54,8 @@ class ShardLostError(Exception):
 class Calendar(Protocol):
     """Where a shard enters what is due next. The scheduler implements it."""
 
-    def enter(self, record: TimerRecord, *, tick_now: bool) -> None:
-        """An auction is as it is now: plan its next due instant and its next tick."""
+    def enter(self, records: Iterable[TimerRecord], *, tick_now: bool) -> None:
+        """These auctions are as they are now: plan what time does to them next, and their next tick."""
         ...
 
     def wake_at(self, auction_id: str, at: EpochMs) -> None:
@@ -98,12 +98,14 @@ class Shard:
         self.read_to = self.head.intake
         live: dict[str, TimerRecord] = {}
         async for page in self.store.live(self.number):
+            records = []
             for record in page:
                 if isinstance(record, CorruptTimerError):
                     log.error("timer_unreadable", shard=self.number, error=str(record))
-                    continue
-                live[record.auction.auction_id] = record
-                self.calendar.enter(record, tick_now=False)
+                else:
+                    live[record.auction.auction_id] = record
+                    records.append(record)
+            self.calendar.enter(records, tick_now=False)
             await asyncio.sleep(0)  # 100,000 timers take seconds: the heartbeats must go on meanwhile
         self.live = live
         self.loaded = True
@@ -260,7 +262,9 @@ class Shard:
                     self.closed.popitem(last=False)
             else:
                 self.live[auction_id] = record
-            self.calendar.enter(record, tick_now=True)
+        self.calendar.enter(journal.after.values(), tick_now=True)
+        for outcome, times in Counter(_outcome(decision) for decision, context in journal.decisions if context).items():
+            self.metrics.applied[outcome].inc(times)
         for decision, context in journal.decisions:
             self._observe(decision, context, at)
         self._count_towards_checkpoint(entries)
@@ -269,8 +273,6 @@ class Shard:
 
     def _observe(self, decision: Decision, context: Context | None, at: EpochMs) -> None:
         metrics = self.metrics
-        if context is not None:
-            metrics.applied[_outcome(decision)].inc()
         if decision.fact is Fact.ENDED:
             assert decision.after.ended_at is not None
             metrics.close_lateness_ms.observe(at - decision.after.ended_at)

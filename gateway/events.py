@@ -38,6 +38,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -316,10 +317,14 @@ class BidAccepted(AuctionDetail):
         return Bid(self.bid_id, self.amount_minor, self.currency, self.bidder_id, self.leader_changed, self.origin)
 
 
+def _one_given(name: str) -> JsonDict:
+    return {"required": [name], "properties": {name: {"type": "string"}}}
+
+
 class OfferCancelled(ActorDetail):
     """`offers.cancellation.completed`: about an auction, or about the auction of an offer; the auction id goes first."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["auction_id"]}, {"required": ["offer_id"]}]})
+    model_config = ConfigDict(json_schema_extra={"anyOf": [_one_given("auction_id"), _one_given("offer_id")]})
 
     auction_id: AuctionId | None = None
     offer_id: Identifier | None = None
@@ -381,7 +386,7 @@ class ScheduleChanged(AuctionDetail, ActorDetail):
         return Reschedule(self.ends_at, self.reason)
 
 
-_DETAILS: Final[dict[EventType, type[Detail]]] = {
+_DETAILS: Final[dict[str, type[Detail]]] = {
     EventType.AUCTION_STARTED: AuctionStarted,
     EventType.BID_ACCEPTED: BidAccepted,
     EventType.OFFER_CANCELLED: OfferCancelled,
@@ -429,14 +434,13 @@ Envelope = EventBridgeEvent[Any] | CloudEvent[Any]
 class _EnvelopeKind:
     type_name: str
     """The attribute that names the event's type."""
-    by_type: Mapping[EventType, type[Envelope]]
+    by_type: Mapping[str, type[Envelope]]
     of_unknown_type: type[Envelope]
 
     def model(self, raw: Mapping[str, Any]) -> type[Envelope]:
         event_type = raw.get(self.type_name)
-        return (
-            self.by_type.get(event_type, self.of_unknown_type) if isinstance(event_type, str) else self.of_unknown_type
-        )
+        known = self.by_type.get(event_type) if isinstance(event_type, str) else None
+        return known or self.of_unknown_type
 
 
 _EVENTBRIDGE: Final = _EnvelopeKind(
@@ -599,7 +603,7 @@ def _reason(error: ErrorDetails) -> str:
 
 
 def _malformed(refused: list[tuple[int, list[_Fault]]], events: int) -> Problem:
-    """The problem that lists every bad event at least once, and at most `ERRORS_LISTED_MAX` reasons beyond that need."""
+    """Every bad event with its first reason, and further ones as long as no more than `ERRORS_LISTED_MAX` are listed."""
     listed: list[dict[str, Any]] = []
     further_max = max(0, ERRORS_LISTED_MAX - len(refused))
     for index, (first, *further) in refused:
@@ -623,14 +627,16 @@ def event_schemas() -> dict[str, Any]:
     `EventsRequest` is the whole body and `Event` one event; the others are what these two refer to, such as
     `EventBridgeBidAccepted`, `CloudEventBidAccepted` and their detail, `BidAccepted`.
     """
-    models = [(model, "validation") for kind in (_EVENTBRIDGE, _CLOUDEVENTS) for model in kind.by_type.values()]
+    models: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (model, "validation") for kind in (_EVENTBRIDGE, _CLOUDEVENTS) for model in kind.by_type.values()
+    ]
     refs, top = models_json_schema(models, ref_template=_REF_TEMPLATE)
     schemas: dict[str, Any] = top["$defs"]
     names: list[str] = []
     for prefix, kind in (("EventBridge", _EVENTBRIDGE), ("CloudEvent", _CLOUDEVENTS)):
         for event_type, model in kind.by_type.items():
             schema = schemas.pop(refs[model, "validation"]["$ref"].rpartition("/")[2])
-            schema["properties"][kind.type_name] = {"const": event_type.value}
+            schema["properties"][kind.type_name] = {"const": str(event_type)}
             names.append(prefix + _DETAILS[event_type].__name__)
             schemas[names[-1]] = schema | {"title": names[-1]}
     # Each envelope now names its own type, so the list of all of them has no reader left.

@@ -148,22 +148,22 @@ def decode(event_id: str, body: bytes) -> IntakeEvent:
 
 
 class _Fields:
-    """Typed access to one JSON object; every failure names the path."""
+    """Typed access to one JSON object; every failure names the object and the field."""
 
-    __slots__ = ("_path", "_raw")
+    __slots__ = ("_name", "_raw")
 
-    def __init__(self, raw: Mapping[str, Any], path: str) -> None:
+    def __init__(self, raw: Mapping[str, Any], name: str) -> None:
         self._raw = raw
-        self._path = path
+        self._name = name
 
     def _wrong(self, name: str, wanted: str) -> SchemaError:
-        return SchemaError(f"{self._path}{name} is not {wanted}")
+        return SchemaError(f"{self._name}.{name} is not {wanted}" if self._name else f"{name} is not {wanted}")
 
     def fields(self, name: str) -> "_Fields":
         value = self._raw.get(name)
         if not isinstance(value, dict):
             raise self._wrong(name, "an object")
-        return _Fields(value, f"{self._path}{name}.")
+        return _Fields(value, name)
 
     def text(self, name: str) -> str:
         value = self._raw.get(name)
@@ -172,7 +172,10 @@ class _Fields:
         return value
 
     def text_or_none(self, name: str) -> str | None:
-        return None if self._raw.get(name) is None else self.text(name)
+        value = self._raw.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong(name, "a string")
+        return value
 
     def texts(self, name: str) -> tuple[str, ...]:
         value = self._raw.get(name)
@@ -211,7 +214,7 @@ def read_policy(raw: Mapping[str, Any]) -> Policy:
     Raises:
         SchemaError: a field is missing, wrong or out of its bounds.
     """
-    fields = _Fields(raw, "policy.")
+    fields = _Fields(raw, "policy")
     try:
         return Policy(
             soft_close_window_ms=fields.integer("soft_close_window_ms"),
@@ -234,7 +237,7 @@ def read_offer(raw: Mapping[str, Any]) -> Offer:
     Raises:
         SchemaError: a field is missing or wrong.
     """
-    fields = _Fields(raw, "offer.")
+    fields = _Fields(raw, "offer")
     return Offer(
         offer_id=fields.text_or_none("offer_id"),
         owner_id=fields.text_or_none("owner_id"),

@@ -93,7 +93,8 @@ class Auction:
     @property
     def window_opens_at(self) -> EpochMs:
         """When the soft-close window opens: never before the start."""
-        return EpochMs(max(self.registered.starts_at, self.ends_at - self.policy.soft_close_window_ms))
+        registration = self.registered
+        return max(registration.starts_at, EpochMs(self.ends_at - registration.policy.soft_close_window_ms))
 
     @property
     def extension_used_ms(self) -> int:

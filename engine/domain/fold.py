@@ -11,6 +11,7 @@ have met the close as of 100, and counted as late.
 """
 
 from collections.abc import Iterator
+from typing import Final
 
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision, decide
@@ -18,18 +19,21 @@ from engine.domain.events import InputEvent, OpenWindow, ReachDeadline, Start, T
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 
+_START: Final = Start()
+_OPEN_WINDOW: Final = OpenWindow()
+_REACH_DEADLINE: Final = ReachDeadline()
+
 
 def next_due(auction: Auction) -> tuple[EpochMs, TimeEvent] | None:
     """The next thing that time alone will do to `auction`, and when; None if nothing."""
-    match auction.status:
-        case Status.SCHEDULED:
-            return auction.registered.starts_at, Start()
-        case Status.ACTIVE:
-            return auction.window_opens_at, OpenWindow()
-        case Status.CLOSING:
-            return auction.ends_at, ReachDeadline()
-        case _:
-            return None
+    status = auction.status
+    if status is Status.ACTIVE:
+        return auction.window_opens_at, _OPEN_WINDOW
+    if status is Status.CLOSING:
+        return auction.ends_at, _REACH_DEADLINE
+    if status is Status.SCHEDULED:
+        return auction.registered.starts_at, _START
+    return None
 
 
 def elapse(auction: Auction, until: EpochMs) -> Iterator[Decision]:

@@ -60,6 +60,7 @@ class ShardMemory:
     last_at: int = 0
     offset_ms: int = 0
     last_commit: str = ""
+    last_commit_at: int = 0
     serial: int = 0
     events: list[Entry] = field(default_factory=list)
     updates: list[UpdateEntry] = field(default_factory=list)
@@ -113,18 +114,19 @@ class MemoryStore:
     async def append(self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str) -> list[Appended]:
         memory = self.shards[shard]
         at = self._stamp(memory, est)
-        if len(memory.events) + len(drafts) > self._intake_max:
-            raise IntakeFullError(f"the intake of shard {shard} holds {len(memory.events)} entries, its bound")
+        held, added = len(memory.events), False
         answer = []
-        for draft in drafts:
+        for n, draft in enumerate(drafts):
             seen_ids = (draft.event_id, *draft.seen_ids)
             mark = next((memory.seen[seen] for seen in seen_ids if seen in memory.seen), None)
             if mark is not None:
-                answer.append(Appended(draft.event_id, mark[1] == command_id, mark[0]))
+                answer.append(Appended(draft.event_id, mark[1] == f"{n} {command_id}", mark[0]))
                 continue
+            if not added and held + len(drafts) - n > self._intake_max:
+                raise IntakeFullError(f"the intake of shard {shard} holds {held} entries, its bound")
             memory.events.append(Entry(memory.next_id(), at, draft.event_id, draft.body))
-            memory.seen |= dict.fromkeys(seen_ids, (at, command_id))
-            memory.last_at = at
+            memory.seen |= dict.fromkeys(seen_ids, (at, f"{n} {command_id}"))
+            memory.last_at, added = at, True
             answer.append(Appended(draft.event_id, True, at))
         self._grow()
         return answer
@@ -189,13 +191,13 @@ class MemoryStore:
     async def commit(self, batch: Batch) -> CommitResult:
         memory = self.shards[batch.shard]
         if batch.commit_id == memory.last_commit:
-            return Committed(EpochMs(memory.last_at))
+            return Committed(EpochMs(memory.last_commit_at))
         if batch.epoch != memory.lease.epoch:
             return Fenced(memory.lease.epoch)
         if batch.after.intake != memory.intake_cursor or batch.after.chain.seq != memory.chain.seq:
             return Superseded(f"cursor {memory.intake_cursor}, audit {memory.chain.seq}")
         for auction_id, version in batch.versions.items():
-            if int(memory.timers.get(auction_id, {}).get("version", "0")) != version:
+            if memory.timers.get(auction_id, {}).get("version", "0") != str(version):
                 return Superseded(auction_id)
         at = self._stamp(memory, batch.est)
         if batch.due_at is not None:
@@ -207,7 +209,7 @@ class MemoryStore:
         for operation in batch.operations:
             self._apply(memory, operation)
         memory.intake_cursor, memory.chain = batch.intake, batch.chain
-        memory.last_at, memory.last_commit = at, batch.commit_id
+        memory.last_at, memory.last_commit, memory.last_commit_at = at, batch.commit_id, at
         self._grow()
         return Committed(at)
 

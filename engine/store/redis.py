@@ -45,7 +45,7 @@ from engine.store.protocol import (
     UpdateEntry,
     View,
 )
-from engine.store.scripts import APPEND, CLAIM, COMMIT, RELEASE, RENEW, VIEW, Script
+from engine.store.scripts import APPEND, CLAIM, COMMIT, RELEASE, RENEW, ROWS, VIEW, Script
 
 SCHEMA_VERSION: Final = "1"
 PAGE_MAX: Final = 1_000
@@ -193,18 +193,10 @@ class RedisStore:
 
     async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
         prefix = self._keys(shard).timer_prefix
-        client = self.link.commands
         found: list[TimerRecord | CorruptTimerError | None] = []
         for start in range(0, len(auction_ids), PAGE_MAX):
-            page = auction_ids[start : start + PAGE_MAX]
-
-            async def attempt(page: Sequence[str] = page) -> list[list[bytes | None]]:
-                pipe = client.pipeline(transaction=False)
-                for auction_id in page:
-                    pipe.execute_command("HMGET", prefix + auction_id, *FIELDS)
-                return await pipe.execute()
-
-            found.extend(_timer(row) for row in await self.link.call(attempt))
+            names = [prefix + auction_id for auction_id in auction_ids[start : start + PAGE_MAX]]
+            found.extend(map(_timer, await self._run(ROWS, names, FIELDS)))
         return found
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:

@@ -26,27 +26,27 @@ now = math.max(tonumber(head[1]) or 0, now)
 local stamp = string.format('%.0f', now)
 
 local length = redis.call('XLEN', events)
-if length + drafts > length_max then
-  return {'FULL', tostring(length)}
-end
-
 local answer = {'OK', stamp}
 local key, arg, added = 3, 7, false
-for _ = 1, drafts do
+for n = 1, drafts do
   local event_id, ids, body = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
   local mark = false
   for i = key, key + ids - 1 do
     mark = mark or redis.call('GET', KEYS[i])
   end
   if mark then
-    -- A mark is "<arrival> <command id>": our own earlier try was an acceptance, and stays one.
+    -- A mark is "<arrival> <place in the call> <command id>": our own earlier try was an acceptance, and stays one.
     local at, by = string.match(mark, '^(%d+) (.*)$')
-    answer[#answer + 1] = by == command_id and 'accepted' or 'duplicate'
+    answer[#answer + 1] = by == n .. ' ' .. command_id and 'accepted' or 'duplicate'
     answer[#answer + 1] = at
   else
+    -- Looked at only when something is to be added: the call that took the last places can still be repeated.
+    if not added and length + drafts - n + 1 > length_max then
+      return {'FULL', tostring(length)}
+    end
     redis.call('XADD', events, '*', 'at', stamp, 'id', event_id, 'body', body)
     for i = key, key + ids - 1 do
-      redis.call('SET', KEYS[i], stamp .. ' ' .. command_id, 'PX', seen_ms)
+      redis.call('SET', KEYS[i], stamp .. ' ' .. n .. ' ' .. command_id, 'PX', seen_ms)
     end
     answer[#answer + 1] = 'accepted'
     answer[#answer + 1] = stamp

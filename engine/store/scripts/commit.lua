@@ -26,9 +26,9 @@
 local lease, cursor, events, deadlines, paused, closed = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local audit, updates, troubleshooting = KEYS[7], KEYS[8], KEYS[9]
 
-local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit')
+local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit', 'commit_at')
 if head[5] == ARGV[2] then
-  return {'OK', head[3]}
+  return {'OK', head[6]}
 end
 local epoch = redis.call('HGET', lease, 'epoch') or '0'
 if epoch ~= ARGV[1] then
@@ -88,8 +88,10 @@ while arg <= count do
   elseif op == 'L' then
     redis.call('ZADD', deadlines, ARGV[a + 1], ARGV[a])
     redis.call('ZREM', paused, ARGV[a])
+    redis.call('ZREM', closed, ARGV[a])
   elseif op == 'P' then
     redis.call('ZREM', deadlines, ARGV[a])
+    redis.call('ZREM', closed, ARGV[a])
     redis.call('ZADD', paused, ARGV[a + 1], ARGV[a])
   elseif op == 'C' then
     redis.call('ZREM', deadlines, ARGV[a])
@@ -114,5 +116,6 @@ while arg <= count do
 end
 
 local stamp = string.format('%.0f', now)
-redis.call('HSET', cursor, 'intake', ARGV[8], 'seq', ARGV[9], 'hash', ARGV[10], 'last_at', stamp, 'commit', ARGV[2])
+redis.call('HSET', cursor, 'intake', ARGV[8], 'seq', ARGV[9], 'hash', ARGV[10],
+  'last_at', stamp, 'commit', ARGV[2], 'commit_at', stamp)
 return {'OK', stamp}

@@ -1,0 +1,35 @@
+"""Run the benchmarks: `python -m benchmarks [NAME ...] [--smoke] [--no-save]`."""
+
+import argparse
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from benchmarks import closing, intake, recovery
+from benchmarks.harness import run
+
+SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any], dict[str, Any]]] = {
+    "closing": (closing.measure, {"auctions": 100}, {"auctions": 10}),
+    "intake": (
+        intake.measure,
+        {"events": 100_000, "rate": 10_000, "seconds": 10.0},
+        {"events": 1_000, "rate": 500, "seconds": 0.5},
+    ),
+    "recovery": (recovery.measure, {"timers": 100_000}, {"timers": 1_000}),
+}
+"""Each benchmark with its full size and its smoke size, in which the test suite runs it so that it cannot rot."""
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*SIZES, []], help="which; all if none is named")
+    parser.add_argument("--smoke", action="store_true", help="the size the test suite uses; nothing is saved")
+    parser.add_argument("--no-save", action="store_true", help="print only, do not write benchmarks/results/")
+    options = parser.parse_args()
+    for name in options.names or SIZES:
+        measure, full, smoke = SIZES[name]
+        run(measure(**(smoke if options.smoke else full), save=not (options.smoke or options.no_save)))
+
+
+if __name__ == "__main__":
+    main()

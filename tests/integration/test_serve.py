@@ -1,0 +1,252 @@
+"""`serve` as a process: starts, says so, survives what happens to its parts, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.events import event, fresh_id, started
+from tests.live import DEADLINE_S, SCRIPT, LiveStack, alive, children_of, until
+
+pytestmark = pytest.mark.integration
+
+LONG_MS = 7_200_000
+
+
+@pytest.fixture
+def stack(short_tmp: Path):  # noqa: ANN201 - a generator
+    """A stack of one test's own, because the test breaks it."""
+    made = LiveStack(short_tmp)
+    yield made
+    made.stop()
+
+
+def now_of(stack: LiveStack) -> int:
+    answer = stack.post(event("offers.cancellation.completed", auction_id=fresh_id(), reason="clock"))
+    return int(answer[0]["arrival_ms"])
+
+
+def test_children_are_named_and_none_is_left(short_tmp: Path) -> None:
+    """The process list shows the roles by their command; SIGTERM ends them all, with exit code 0."""
+    stack = LiveStack(short_tmp)
+    children = children_of(stack.process.pid)
+    commands = " ".join(children.values())
+    assert "auction-timer engine" in commands
+    assert "auction-timer gateway" in commands
+    assert len(children) == 3
+    assert stack.ready_line.startswith("ready http://127.0.0.1:")
+    assert stack.stop() == 0
+    assert not [pid for pid in children if alive(pid)]
+
+
+def test_a_killed_serve_takes_everything_with_it(short_tmp: Path) -> None:
+    """SIGKILL of the parent leaves no engine, no gateway and no store behind."""
+    stack = LiveStack(short_tmp)
+    children = list(children_of(stack.process.pid))
+    os.kill(stack.process.pid, signal.SIGKILL)
+    stack.process.wait()
+    try:
+        until(lambda: not any(alive(pid) for pid in children), "every child is gone")
+    finally:
+        stack.stop()
+
+
+@pytest.mark.requirement("R10")
+def test_state_survives_a_restart_of_everything(short_tmp: Path) -> None:
+    """Auctions, their order of events and their audit are there again after a stop and a start."""
+    stack = LiveStack(short_tmp)
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + LONG_MS))
+    before = stack.until_status(auction_id, "ACTIVE")
+    assert stack.stop() == 0
+    again = LiveStack(short_tmp)
+    try:
+        after = again.timer(auction_id)
+        assert {name: after[name] for name in ("status", "version", "ends_at", "trace_id")} == {
+            name: before[name] for name in ("status", "version", "ends_at", "trace_id")
+        }
+        again.post(event("auctions.cancel.requested", auction_id=auction_id, reason="enough"))
+        assert again.until_status(auction_id, "CANCELLED")["version"] == before["version"] + 1
+    finally:
+        again.stop()
+
+
+@pytest.mark.requirement("R10", "B2")
+def test_an_engine_killed_over_a_deadline_closes_as_of_it_and_counts_the_bid_that_was_in_time(stack: LiveStack) -> None:
+    """A bid that arrived while no engine ran still extends; the close that was missed is stamped with its deadline."""
+    saved, missed, now = fresh_id(), fresh_id(), now_of(stack)
+    policy = {"soft_close_window_ms": 3_000, "extension_ms": 3_000}
+    stack.post(started(saved, now, now + 3_000, **policy), started(missed, now, now + 3_000, **policy))
+    stack.until_status(saved, "CLOSING")
+    (engine,) = stack.pids("engine")
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        (placed,) = stack.post(
+            {
+                "specversion": "1.0", "id": fresh_id(), "type": "auctions.bid.accepted", "source": "t",
+                "data": {"auction_id": saved, "bid_id": "late-night"},
+            }
+        )  # fmt: skip
+        assert placed["arrival_ms"] < now + 3_000
+        # Past both deadlines on the auction clock, with nobody to act on them.
+        until(lambda: now_of(stack) > now + 3_050, "the deadline has passed")
+        assert stack.timer(saved)["status"] == "CLOSING"
+    finally:
+        os.kill(engine, signal.SIGKILL)
+    assert stack.until_status(missed, "ENDED")["ended_at"] == now + 3_000
+    timer = stack.until_status(saved, "ENDED")
+    assert timer["extension_count"] == 1
+    assert timer["ended_at"] == placed["arrival_ms"] + 3_000
+
+
+@pytest.mark.parametrize("role", ["engine", "gateway", "valkey-server"])
+def test_each_part_is_restarted_when_it_is_killed(stack: LiveStack, role: str) -> None:
+    """SIGKILL of any one part is an interruption: it is started again, and what was accepted before is still there."""
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + LONG_MS))
+    stack.until_status(auction_id, "ACTIVE")
+    killed = stack.kill(role)
+    until(lambda: [pid for pid in stack.pids(role) if pid != killed], f"another {role} runs")
+    until(lambda: _ready(stack), "ready again")
+    again = event("auctions.cancel.requested", auction_id=auction_id, reason="enough")
+    until(lambda: _posted(stack, again), "events are taken again")
+    assert stack.until_status(auction_id, "CANCELLED")["version"] == 3
+
+
+def _ready(stack: LiveStack) -> bool:
+    import httpx
+
+    try:
+        return stack.http.get("/readyz").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _posted(stack: LiveStack, payload: dict[str, object]) -> bool:
+    import httpx
+
+    try:
+        return stack.http.post("/events", json=payload).status_code == 202
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.requirement("R16")
+def test_without_its_store_the_gateway_answers_from_memory_and_says_so(stack: LiveStack) -> None:
+    """While Redis is away a known auction is answered 200 with `stale`, an unknown one 503, and `/readyz` names what fails."""
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + LONG_MS))
+    stack.until_status(auction_id, "ACTIVE")
+    (store,) = stack.pids("valkey-server")
+    os.kill(store, signal.SIGSTOP)
+    try:
+        until(lambda: stack.timer(auction_id)["stale"], "what is remembered is marked stale")
+        answer = stack.http.get("/auctions/never-seen/timer")
+        assert (answer.status_code, answer.json()["error_code"]) == (503, "DEPENDENCY_UNAVAILABLE")
+        assert answer.headers["retry-after"] == "1"
+        readiness = stack.http.get("/readyz")
+        assert readiness.status_code == 503
+        assert readiness.json()["checks"]["redis"] != "ok"
+        assert stack.http.get("/healthz").status_code == 200
+    finally:
+        os.kill(store, signal.SIGCONT)
+    until(lambda: not stack.timer(auction_id)["stale"] and _ready(stack), "fresh and ready again")
+
+
+def test_a_second_serve_on_the_same_data_says_who_holds_it(stack: LiveStack) -> None:
+    """It exits at once, names the pid that holds the directory, and changes nothing."""
+    second = _run("serve", "--port", "0", "--data-dir", str(stack.data_dir))
+    assert second.returncode == 78
+    assert str(stack.process.pid) in second.stderr
+    assert "--data-dir" in second.stderr
+    assert _ready(stack)
+
+
+def test_several_gateways_share_the_port(short_tmp: Path) -> None:
+    """With `--gateways 2` both run, one URL reaches them, and one scrape adds them up."""
+    stack = LiveStack(short_tmp, "--gateways", "2")
+    try:
+        assert len(stack.pids("gateway")) == 2
+        auction_id, now = fresh_id(), now_of(stack)
+        stack.post(started(auction_id, now, now + LONG_MS))
+        stack.until_status(auction_id, "ACTIVE")
+    finally:
+        assert stack.stop() == 0
+
+
+def test_a_port_in_use_and_a_public_address_are_explained(stack: LiveStack, short_tmp: Path) -> None:
+    """A taken port exits 69, an open public address 78; both messages say what to do."""
+    port = stack.url.rpartition(":")[2]
+    taken = _run("serve", "--port", port, "--data-dir", str(short_tmp / "other"))
+    assert (taken.returncode, "--port" in taken.stderr) == (69, True)
+    public = _run("serve", "--host", "0.0.0.0", "--port", "0", "--data-dir", str(short_tmp / "other"))
+    assert (public.returncode, "--insecure" in public.stderr) == (78, True)
+
+
+def test_a_role_without_a_redis_says_so() -> None:
+    """`engine` and `gateway` need a Redis, and say where to name it."""
+    for role in ("engine", "gateway"):
+        alone = _run(role)
+        assert alone.returncode == 78
+        assert "--redis-url" in alone.stderr
+
+
+def test_another_shard_count_is_refused(short_tmp: Path) -> None:
+    """The shard count is fixed at the first start; a mismatch names both and what to do."""
+    stack = LiveStack(short_tmp)
+    assert stack.stop() == 0
+    other = _run("serve", "--port", "0", "--data-dir", str(stack.data_dir), env={"AUCTION_TIMER_SHARDS": "4"})
+    assert other.returncode == 78
+    assert "AUCTION_TIMER_SHARDS=8" in other.stderr
+
+
+def test_check_config_prints_settings_and_every_fault(short_tmp: Path) -> None:
+    """Good settings exit 0; unknown names, wrong values and contradictions are all listed and exit 1; secrets are not shown."""
+    good = _run("check-config", env={"AUCTION_TIMER_REDIS_URL": "redis://user:hunter2@127.0.0.1:6379"}, cwd=short_tmp)
+    assert good.returncode == 0
+    assert "shards = 8" in good.stdout
+    assert "hunter2" not in good.stdout + good.stderr
+    bad = _run("check-config", env={"AUCTION_TIMER_SHARD": "8", "AUCTION_TIMER_PORT": "x"}, cwd=short_tmp)
+    assert bad.returncode == 1
+    assert "AUCTION_TIMER_SHARD is no setting" in bad.stderr
+    assert "AUCTION_TIMER_PORT" in bad.stderr
+    torn = _run("check-config", env={"AUCTION_TIMER_HEARTBEAT_MS": "1900"}, cwd=short_tmp)
+    assert (torn.returncode, "heartbeat_ms" in torn.stderr) == (1, True)
+
+
+def test_help_names_every_command() -> None:
+    """`--help` lists the commands of the contract that this version has."""
+    shown = _run("--help")
+    assert shown.returncode == 0
+    for command in ("serve", "engine", "gateway", "emit", "replay", "watch", "check-config"):
+        assert command in shown.stdout
+
+
+def _run(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
+    return subprocess.run(
+        [*SCRIPT, *arguments],
+        env=clean | (env or {}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+def test_the_package_runs_as_a_module() -> None:
+    """`python -m auction_timer` is the same command."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "auction_timer", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert shown.stdout.startswith("auction-timer ")
