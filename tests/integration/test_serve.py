@@ -17,7 +17,7 @@ LONG_MS = 7_200_000
 
 
 @pytest.fixture
-def stack(short_tmp: Path):  # noqa: ANN201 - a generator
+def stack(short_tmp: Path):
     """A stack of one test's own, because the test breaks it."""
     made = LiveStack(short_tmp)
     yield made
@@ -136,7 +136,7 @@ def _posted(stack: LiveStack, payload: dict[str, object]) -> bool:
 
 @pytest.mark.requirement("R16")
 def test_without_its_store_the_gateway_answers_from_memory_and_says_so(stack: LiveStack) -> None:
-    """While Redis is away a known auction is answered 200 with `stale`, an unknown one 503, and `/readyz` names what fails."""
+    """While Redis is away: 200 with `stale` for a known auction, 503 for an unknown one, and `/readyz` names what fails."""
     auction_id, now = fresh_id(), now_of(stack)
     stack.post(started(auction_id, now, now + LONG_MS))
     stack.until_status(auction_id, "ACTIVE")
@@ -204,7 +204,7 @@ def test_another_shard_count_is_refused(short_tmp: Path) -> None:
 
 
 def test_check_config_prints_settings_and_every_fault(short_tmp: Path) -> None:
-    """Good settings exit 0; unknown names, wrong values and contradictions are all listed and exit 1; secrets are not shown."""
+    """Good settings exit 0; every unknown name, wrong value and contradiction is listed, exit 1; no secret is shown."""
     good = _run("check-config", env={"AUCTION_TIMER_REDIS_URL": "redis://user:hunter2@127.0.0.1:6379"}, cwd=short_tmp)
     assert good.returncode == 0
     assert "shards = 8" in good.stdout
