@@ -7,12 +7,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from auction_timer import __version__
+from auction_timer.durations import read_duration
+from engine.domain.policy import ExtensionMode
 from engine.settings import Settings, SettingsError
 
 app = typer.Typer(
     name="auction-timer",
     help="Realtime auction timers: never early, never twice, never unfair to a bid that was in time.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -114,6 +117,78 @@ def gateway(
 
     settings = _settings(redis_url=redis_url, host=host, port=port, insecure=insecure)
     _exit(roles.gateway(settings, parent=parent, fd=fd))
+
+
+def _duration(text: str) -> int:
+    try:
+        return read_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def emit(
+    file: Annotated[str, typer.Argument(help="JSON Lines, one event a line; - reads stdin.")] = "-",
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Send events to a gateway, in batches; prints how many were accepted, duplicate, rejected.
+
+    Exit code 1 if any was rejected, and the reasons with their line numbers on stderr. Sending a file twice is safe.
+    """
+    from auction_timer import commands
+
+    _exit(commands.emit(file, url=url))
+
+
+@app.command()
+def replay(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE.csv", help="A bid history; `sample` plays the one that comes with the program."),
+    ],
+    speed: Annotated[float, typer.Option(help="How many times faster than it was; policy durations too.")],
+    url: Url = DEFAULT_URL,
+    window: Annotated[int, typer.Option(parser=_duration, metavar="DURATION", help="Soft-close window.")] = "15m",  # type: ignore[assignment]
+    extension: Annotated[int, typer.Option(parser=_duration, metavar="DURATION", help="Extension per bid.")] = "15m",  # type: ignore[assignment]
+    total_cap: Annotated[
+        int, typer.Option(parser=_duration, metavar="DURATION", help="Most that all extensions may add.")
+    ] = "24h",  # type: ignore[assignment]
+    mode: Annotated[ExtensionMode, typer.Option(help="How an extension moves the end.")] = ExtensionMode.RESET_TO,
+    max_extensions: Annotated[int | None, typer.Option(min=0, help="Most extensions per auction.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Play only the first so many auctions.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=0, help="Rows of the table; all if not given.", show_default=False)
+    ] = None,
+) -> None:
+    """Play a bid history against a running server, time compressed, and judge what the server made of it.
+
+    Columns: auction_id,item,duration_days,opening_bid,bid_days,bid,bidder. Ends with a table per auction. Exit code 1 if an
+    auction did not end exactly once, closed early, or was extended otherwise than the rules say.
+    """
+    from auction_timer import commands
+
+    _exit(
+        commands.replay(
+            file,
+            rows_max=rows,
+            url=url,
+            speed=speed,
+            window_ms=window,
+            extension_ms=extension,
+            total_cap_ms=total_cap,
+            mode=mode,
+            max_extensions=max_extensions,
+            limit=limit,
+        )
+    )
+
+
+@app.command()
+def watch(auction_id: Annotated[str, typer.Argument(metavar="AUCTION_ID")], url: Url = DEFAULT_URL) -> None:
+    """Show a live countdown from the socket, with drift and connection state, until the auction is over."""
+    from auction_timer import commands
+
+    _exit(commands.watch(auction_id, url=url))
 
 
 @app.command("check-config")

@@ -38,7 +38,7 @@ RESTART_DELAY_MS_FIRST: Final = 200
 # A child that dies again and again costs one start (about a second of one core) in five.
 RESTART_DELAY_MS_MAX: Final = 5_000
 # Longer than any start takes, so a child that dies of its start never counts as healthy.
-HEALTHY_AFTER_MS: Final = 10_000
+HEALTHY_AFTER_MS: Final = 2_000
 # A gateway drains its sockets within this time; the same default as systemd's would be 90 s, too long for a Ctrl-C.
 STOP_MS_DEFAULT: Final = 10_000
 # SIGKILL is immediate except for a process inside an uninterruptible system call. Not worth hanging `serve` for.

@@ -26,6 +26,13 @@ def pages() -> dict[str, str]:
     }
 
 
+_HOW_TO_SET: Final = (
+    f"Every setting is an environment variable `{PREFIX}*`, or a line of a `.env` file in the working directory. Options "
+    "of the command line go before both. An unknown name is an error. `auction-timer check-config` prints the effective "
+    "settings and every inconsistency."
+)
+
+
 def configuration() -> str:
     """Every setting, its default, and what it does."""
     rows = []
@@ -40,11 +47,7 @@ def configuration() -> str:
         [
             "# Configuration",
             GENERATED,
-            (
-                f"Every setting is an environment variable `{PREFIX}*`, or a line of a `.env` file in the working directory. "
-                "Options of the command line go before both. An unknown name is an error. `auction-timer check-config` prints the effective "
-                "settings and every inconsistency."
-            ),
+            _HOW_TO_SET,
             "",
             "| name | type | default | what it does |",
             "|---|---|---|---|",
@@ -77,6 +80,12 @@ _SAID: Final = {
 }
 
 
+_HOW_TO_READ: Final = (
+    "`start`, `open_window` and `reach_deadline` are done by time; a dash is a wake-up that no longer applies. A "
+    "refusal writes nothing. `UNREGISTERED` and `TOMBSTONE` are never shown outside: readers get 404."
+)
+
+
 def lifecycle() -> str:
     """The life-cycle table, and the diagram drawn from it."""
     triggers = list(Trigger)
@@ -99,10 +108,7 @@ def lifecycle() -> str:
     ]
     lines += [
         "",
-        (
-            "`start`, `open_window` and `reach_deadline` are done by time; a dash is a wake-up that no longer applies. A refusal "
-            "writes nothing. `UNREGISTERED` and `TOMBSTONE` are never shown outside: readers get 404."
-        ),
+        _HOW_TO_READ,
         "",
     ]
     return "\n".join(lines)
