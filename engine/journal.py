@@ -79,7 +79,8 @@ class Journal:
         """The auctions that the batch changes, as they will stand."""
         self.decisions: list[tuple[Decision, Context | None]] = []
         """Every decision that was taken, with the event that caused it; None if it was time."""
-        self.parked = 0
+        self.poison = 0
+        """Entries that could not be read."""
         self._timers = timers
         self._offers = dict(offers)
         self._unreadable = unreadable or {}
@@ -247,10 +248,10 @@ class Journal:
 
     def _park_poison(self, entry: Entry, error: SchemaError) -> None:
         command_id = entry.event_id or f"{self._batch.shard}-{entry.stream_id}"
+        self.poison += 1
         self._park(command_id, None, entry, "SCHEMA_INVALID", str(error))
 
     def _park(self, command_id: str, context: Context | None, entry: Entry, code: str, message: str) -> None:
-        self.parked += 1
         body = {
             "command_id": command_id,
             "event_type": context.event_type if context else None,

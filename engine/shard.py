@@ -8,7 +8,7 @@ is the same: forget the memory, load the shard again from its committed cursor, 
 import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 from uuid import uuid4
 
@@ -146,6 +146,9 @@ class Shard:
         """Fold and commit one batch."""
         now = self.clock.now_ms()
         entries = [self.inbox.popleft() for _ in range(min(self.batch_max, len(self.inbox)))]
+        while self.inbox and self.inbox[0].at is None:
+            # The guard of the commit cannot tell when it arrived: left behind, it would hold up this batch for ever.
+            entries.append(self.inbox.popleft())
         events = [peek(entry) for entry in entries]
         # While entries wait, time may not overtake them: only what was due before the last one taken is due yet.
         horizon = now
@@ -164,6 +167,10 @@ class Shard:
                 self._install(journal, ShardHead(batch.intake, batch.chain, at), len(entries), at)
                 await self._trim()
             case Early(by_ms):
+                assert batch.due_at is not None
+                # Nothing genuine arrived after the stamp that this commit would have had: such an entry is poison.
+                stamp = batch.due_at - by_ms
+                entries = [replace(entry, at=None) if entry.at and entry.at > stamp else entry for entry in entries]
                 self._put_back(entries, due, EpochMs(now + by_ms))
             case Undrained():
                 self._put_back(entries, due, EpochMs(now + UNDRAINED_RETRY_MS))
@@ -265,6 +272,7 @@ class Shard:
         self.calendar.enter(journal.after.values(), tick_now=True)
         for outcome, times in Counter(_outcome(decision) for decision, context in journal.decisions if context).items():
             self.metrics.applied[outcome].inc(times)
+        self.metrics.applied["poison"].inc(journal.poison)
         for decision, context in journal.decisions:
             self._observe(decision, context, at)
         self._count_towards_checkpoint(entries)

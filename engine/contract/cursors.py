@@ -8,7 +8,9 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-_CURSOR: Final = re.compile(r"(\d{1,4})\.(\d{1,20})-(\d{1,20})")
+_CURSOR: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,20})-([0-9]{1,20})")
+
+_UINT64_MAX: Final = 2**64 - 1
 
 START: Final = "0-0"
 """The stream id before every entry."""
@@ -34,4 +36,7 @@ class Cursor:
     def parse(cls, text: str) -> "Cursor | None":
         """Read a cursor that came from outside; None if it is none of ours."""
         match = _CURSOR.fullmatch(text)
-        return None if match is None else cls(int(match[1]), f"{int(match[2])}-{int(match[3])}")
+        if match is None:
+            return None
+        ms, seq = int(match[2]), int(match[3])
+        return cls(int(match[1]), f"{ms}-{seq}") if max(ms, seq) <= _UINT64_MAX else None

@@ -171,6 +171,12 @@ class _Fields:
             raise self._wrong(name, "a string")
         return value
 
+    def reason(self, name: str) -> str:
+        value = self.text(name)
+        if not 0 < len(value) <= TEXT_CHARS_MAX:
+            raise self._wrong(name, f"1-{TEXT_CHARS_MAX} characters")
+        return value
+
     def text_or_none(self, name: str) -> str | None:
         value = self._raw.get(name)
         if value is not None and not isinstance(value, str):
@@ -276,8 +282,8 @@ def _bid(_auction_id: str, detail: _Fields) -> Bid:
 _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent]]] = {
     EventType.AUCTION_STARTED: _register,
     EventType.BID_ACCEPTED: _bid,
-    EventType.OFFER_CANCELLED: lambda _id, detail: Cancel(detail.text("reason")),
-    EventType.CANCEL_REQUESTED: lambda _id, detail: Cancel(detail.text("reason")),
+    EventType.OFFER_CANCELLED: lambda _id, detail: Cancel(detail.reason("reason")),
+    EventType.CANCEL_REQUESTED: lambda _id, detail: Cancel(detail.reason("reason")),
     EventType.PAUSE_REQUESTED: lambda _id, detail: Pause(detail.text_or_none("reason")),
     EventType.RESUME_REQUESTED: lambda _id, detail: Resume(detail.text_or_none("reason")),
     EventType.SCHEDULE_CHANGED: lambda _id, detail: Reschedule(

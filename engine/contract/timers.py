@@ -13,7 +13,7 @@ import orjson
 
 from engine.contract.intake import read_offer, read_policy
 from engine.domain.auction import Auction, Offer, Registration
-from engine.domain.instants import EpochMs
+from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.policy import Cap, Policy
 
@@ -97,13 +97,33 @@ def from_row(row: Sequence[bytes | None]) -> TimerRecord | None:
     Raises:
         CorruptTimerError: the hash exists but cannot be read.
     """
-    if row[0] is None:
+    if all(value is None for value in row):
         return None
-    text = [b"".decode() if value is None else value.decode() for value in row]
     try:
-        return _record(text)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptTimerError(f"timer {text[0]!r}: {error}") from None
+        record = _record([b"".decode() if value is None else value.decode() for value in row])
+        _check(record.auction)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        name = (row[0] or b"").decode(errors="replace")
+        raise CorruptTimerError(f"timer {name!r}: {error}") from None
+    return record
+
+
+def _check(auction: Auction) -> None:
+    """What every timer of ours satisfies, whoever wrote the hash.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not auction.auction_id:
+        raise ValueError("the hash names no auction")
+    if auction.version < 0 or auction.extension_count < 0 or auction.paused_total_ms < 0:
+        raise ValueError("a count is negative")
+    if not 0 <= auction.ends_at <= 2 * EPOCH_MS_MAX:
+        raise ValueError(f"ends_at {auction.ends_at} is no instant")
+    if auction.registration is None and auction.status.is_public:
+        raise ValueError(f"{auction.status} without a policy")
+    if (auction.status is Status.PAUSED) != (auction.paused_at is not None and auction.paused_from is not None):
+        raise ValueError("paused_at and paused_from do not fit the status")
 
 
 def _record(text: list[str]) -> TimerRecord:
@@ -214,6 +234,7 @@ def tick_line(record: TimerRecord, server_time: EpochMs) -> bytes:
             "soft_close_until": soft_close_until(auction),
             "final_deadline": auction.final_deadline,
             "extension_count": auction.extension_count,
+            "extension_used_ms": auction.extension_used_ms,
             "extension_left_ms": auction.extension_left_ms,
             "at_cap": auction.at_cap,
         }

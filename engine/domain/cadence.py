@@ -41,6 +41,11 @@ def next_tick_at(auction: Auction, now: EpochMs) -> EpochMs | None:
             step_ms = tick_step_ms(remaining_ms, auction.policy.tick_interval_ms)
             # The largest multiple of the step that is strictly below the remaining time; 0 is the close itself.
             next_remaining_ms = (remaining_ms - 1) // step_ms * step_ms
+            # A step that does not divide an edge of the bands must not run past it: there shorter steps begin.
+            for edge_ms in (10 * MINUTE_MS, MINUTE_MS):
+                if remaining_ms > edge_ms > next_remaining_ms:
+                    next_remaining_ms = edge_ms
+                    break
             return EpochMs(auction.ends_at - next_remaining_ms) if next_remaining_ms else None
         case Status.PAUSED:
             return EpochMs(now + auction.policy.tick_interval_ms)

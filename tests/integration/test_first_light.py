@@ -22,7 +22,7 @@ TIMER_FIELDS = {
 }  # fmt: skip
 TICK_FIELDS = {
     "type", "auction_id", "server_time", "trace_id", "status", "version", "ends_at", "remaining_ms", "soft_close_until",
-    "final_deadline", "extension_count", "extension_left_ms", "at_cap",
+    "final_deadline", "extension_count", "extension_used_ms", "extension_left_ms", "at_cap",
 }  # fmt: skip
 
 

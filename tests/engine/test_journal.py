@@ -1,0 +1,302 @@
+"""Tests for engine.journal: what is written for a decision, spelled as the operations of one batch. No store, no clock."""
+
+from typing import Any
+
+import orjson
+import pytest
+
+from engine.contract.audit import ChainHead, verify
+from engine.contract.cursors import START
+from engine.contract.timers import CorruptTimerError, TimerRecord, moving_fields, to_fields
+from engine.domain.auction import Auction
+from engine.domain.instants import MINUTE_MS, EpochMs
+from engine.domain.lifecycle import Status
+from engine.journal import Journal, peek
+from engine.store.protocol import (
+    Announce,
+    BindOffer,
+    Draft,
+    Entry,
+    Operation,
+    Park,
+    PlaceClosed,
+    PlaceLive,
+    PlacePaused,
+    PutTimer,
+    Record,
+    Reply,
+    ShardHead,
+)
+from tests.engine.domain.examples import END, IN_STATUS, T0
+from tests.engine.domain.examples import at as after_t0
+from tests.fakes.events import bid, cancel, cancel_offer, pause, poison, resume, start
+
+HEAD = ShardHead("4-0", ChainHead(9, "e" * 64), EpochMs(T0 - MINUTE_MS))
+NOW = after_t0(90 * MINUTE_MS)
+
+
+class Drafted:
+    """A journal over some auctions, to which events are applied one after the other."""
+
+    def __init__(self, *auctions: Auction, offers: dict[str, str] | None = None, **more: Any) -> None:
+        timers = {auction.auction_id: TimerRecord(auction, "trace-0", "req-0") for auction in auctions}
+        self.journal = Journal(0, 3, HEAD, timers, offers or {}, now=NOW, commit_id="commit-1", **more)
+        self.serial = 4
+
+    def apply(self, draft: Draft, at: int | None) -> "Drafted":
+        """An event that arrived at `at`."""
+        self.serial += 1
+        entry = Entry(f"{self.serial}-0", None if at is None else EpochMs(at), draft.event_id, draft.body)
+        self.journal.apply(entry, peek(entry))
+        return self
+
+    def operations(self, *kinds: type) -> list[Any]:
+        """The operations of the batch, or those of some kinds."""
+        if not hasattr(self, "batch"):
+            self.batch = self.journal.batch()
+        return [one for one in self.batch.operations if not kinds or isinstance(one, kinds)]
+
+    def facts(self) -> list[str]:
+        """The facts that are audited."""
+        return [record.fields["event_type"] for record in self.operations(Record)]
+
+
+def known(status: Status) -> tuple[Auction, EpochMs]:
+    """The example auction in a status, and an instant at which nothing is due for it."""
+    return IN_STATUS[status]
+
+
+def test_an_empty_journal_changes_nothing() -> None:
+    """The batch leads to where it builds on, carries its guards, and has no operations."""
+    drafted = Drafted()
+    assert drafted.operations() == []
+    batch = drafted.batch
+    assert (batch.shard, batch.epoch, batch.commit_id, batch.est) == (0, 3, "commit-1", NOW)
+    assert (batch.after, batch.intake, batch.chain, batch.due_at, batch.versions) == (HEAD, "4-0", HEAD.chain, None, {})
+
+
+@pytest.mark.requirement("R1")
+def test_a_start_is_written_whole() -> None:
+    """All fields of the hash, the deadline, the audit record and the offer; the version guard is that of nothing."""
+    drafted = Drafted().apply(start("lot-7", T0, END, offer_id="o-1"), T0 - 5)
+    (put,) = drafted.operations(PutTimer)
+    record = drafted.journal.after["lot-7"]
+    assert put == PutTimer("lot-7", to_fields(record))
+    assert (record.trace_id, record.correlation_id) == ("trace-start-lot-7", "req-start-lot-7")
+    assert drafted.operations(PlaceLive) == [PlaceLive("lot-7", END)]
+    assert drafted.operations(BindOffer) == [BindOffer("o-1", "auction lot-7", forget=False)]
+    assert drafted.batch.versions == {"lot-7": 0}
+    assert drafted.batch.due_at is None
+    assert drafted.batch.intake == "5-0"
+
+
+def test_a_change_writes_only_what_moves() -> None:
+    """A bid that extends writes the moving fields, and builds on the version that stood."""
+    auction, _ = known(Status.CLOSING)
+    drafted = Drafted(auction).apply(bid("lot-7", "b-1"), END - 1)
+    assert drafted.operations(PutTimer) == [PutTimer("lot-7", moving_fields(drafted.journal.after["lot-7"].auction))]
+    assert drafted.batch.versions == {"lot-7": auction.version}
+    assert drafted.operations(PlaceLive) == [PlaceLive("lot-7", EpochMs(END - 1 + 15 * MINUTE_MS))]
+
+
+def test_an_auction_is_written_once_however_often_it_changes() -> None:
+    """Many events for one auction give one hash and one place, at the end, and the version guard of the first."""
+    auction, _ = known(Status.CLOSING)
+    drafted = Drafted(auction)
+    for number in range(4):
+        drafted.apply(bid("lot-7", f"b-{number}"), END - 4 + number)
+    operations = drafted.operations()
+    assert [type(one) for one in operations[-2:]] == [PutTimer, PlaceLive]
+    assert len(drafted.operations(PutTimer, PlaceLive)) == 2
+    assert drafted.batch.versions == {"lot-7": auction.version}
+    assert drafted.facts() == ["auction_timer_extended"] * 4
+
+
+@pytest.mark.parametrize(
+    ("status", "make", "place"),
+    [
+        (Status.ACTIVE, lambda: pause("lot-7", "p"), lambda at: PlacePaused("lot-7", at)),
+        (Status.PAUSED, lambda: resume("lot-7", "r"), lambda at: PlaceLive("lot-7", EpochMs(END + 10 * MINUTE_MS))),
+        (Status.ACTIVE, lambda: cancel("lot-7"), lambda at: PlaceClosed("lot-7", at)),
+        (Status.PAUSED, lambda: cancel("lot-7"), lambda at: PlaceClosed("lot-7", at)),
+        (Status.UNREGISTERED, lambda: cancel("lot-7"), lambda at: PlaceClosed("lot-7", at)),
+        (Status.TOMBSTONE, lambda: start("lot-7", T0, END), lambda at: PlaceClosed("lot-7", T0 - 60 * MINUTE_MS)),
+    ],
+)
+def test_every_status_has_its_place(status: Status, make: Any, place: Any) -> None:
+    """By deadline, by pause, or by end."""
+    auction, at = known(status)
+    drafted = Drafted(*([auction] if auction.version else [])).apply(make(), at)
+    places = drafted.operations(PlaceLive, PlacePaused, PlaceClosed)
+    if status is Status.TOMBSTONE:
+        assert [type(one) for one in places] == [PlaceClosed]
+    else:
+        assert places == [place(at)]
+
+
+def test_time_closes_in_one_go() -> None:
+    """Start, window and deadline that are past are written together, each as of its time; the guard is the latest."""
+    auction, _ = known(Status.SCHEDULED)
+    drafted = Drafted(auction)
+    drafted.journal.elapse("lot-7", NOW)
+    assert drafted.facts() == ["auction_timer_started", "auction_timer_closing", "auction_timer_ended"]
+    assert drafted.batch.due_at == END
+    assert drafted.batch.intake == HEAD.intake
+    assert drafted.operations(PlaceClosed) == [PlaceClosed("lot-7", END)]
+    records = drafted.operations(Record)
+    assert {record.fields["actor_type"] for record in records} == {"system"}
+    assert [record.fields["occurred_at"] for record in records] == [str(T0), str(after_t0(45 * MINUTE_MS)), str(END)]
+    assert {record.fields["recorded_at"] for record in records} == {str(NOW)}
+    assert {(record.fields["event_id"], record.fields["intake_id"]) for record in records} == {("", "")}
+
+
+def test_a_close_forgets_the_offer() -> None:
+    """The binding of an offer whose auction is over is kept for the retention only."""
+    drafted = Drafted().apply(start("lot-7", T0, END, offer_id="o-1"), T0)
+    drafted.journal.elapse("lot-7", NOW)
+    assert drafted.operations(BindOffer)[-1] == BindOffer("o-1", "auction lot-7", forget=True)
+
+
+def test_what_time_did_before_an_event_is_not_the_events_doing() -> None:
+    """A bid that came after the deadline closes the auction first: by the scheduler, without its own ids, unanswered."""
+    auction, _ = known(Status.CLOSING)
+    drafted = Drafted(auction).apply(bid("lot-7", "b-1", reply_to="inbox"), END + 5)
+    ended, late = drafted.operations(Record)
+    assert (ended.fields["event_type"], ended.fields["actor_id"], ended.fields["trace_id"]) == (
+        "auction_timer_ended",
+        "scheduler",
+        "trace-0",
+    )
+    assert (late.fields["event_type"], late.fields["actor_id"], late.fields["trace_id"], late.fields["event_id"]) == (
+        "late_bid_ignored",
+        "m-1",
+        "trace-bid-b-1",
+        "bid-b-1",
+    )
+    assert [reply.outcome for reply in drafted.operations(Reply)] == ["LATE"]
+
+
+@pytest.mark.requirement("B7")
+def test_records_of_a_batch_are_chained() -> None:
+    """Each to the one before it, the first to the shard's head; the batch leads to the last."""
+    auction, _ = known(Status.CLOSING)
+    drafted = Drafted(auction)
+    for number in range(3):
+        drafted.apply(bid("lot-7", f"b-{number}"), END - 3 + number)
+    records = [record.fields for record in drafted.operations(Record)]
+    assert verify(records, HEAD.chain) is None
+    assert drafted.batch.chain == ChainHead(12, records[-1]["hash"])
+
+
+def test_a_refusal_writes_no_more_than_its_answer() -> None:
+    """No record, no hash, no announcement, no guard."""
+    auction, at = known(Status.ENDED)
+    drafted = Drafted(auction).apply(cancel("lot-7", reply_to="inbox"), at)
+    (reply,) = drafted.operations()
+    assert (reply.reply_to, reply.outcome, reply.command_id) == ("inbox", "REFUSED", "cancel-lot-7")
+    body = orjson.loads(reply.body)
+    assert {name: body[name] for name in ("error_code", "current_status", "attempted_status", "event_type")} == {
+        "error_code": "FSM_TERMINAL_IMMUTABLE",
+        "current_status": "ENDED",
+        "attempted_status": "CANCELLED",
+        "event_type": "auctions.cancel.requested",
+    }
+    assert body["timer"]["status"] == "ENDED"
+    assert drafted.batch.versions == {}
+    assert drafted.batch.intake == "5-0"
+
+
+def test_a_tombstone_is_never_shown() -> None:
+    """It is audited and kept, but neither announced nor part of an answer."""
+    drafted = Drafted().apply(cancel("lot-7", reply_to="inbox"), T0)
+    assert drafted.facts() == ["auction_timer_tombstoned"]
+    assert drafted.operations(Announce) == []
+    (reply,) = drafted.operations(Reply)
+    assert "timer" not in orjson.loads(reply.body)
+    assert reply.outcome == "APPLIED"
+
+
+@pytest.mark.requirement("R19")
+def test_an_offer_cancelled_before_anyone_knew_it_is_remembered() -> None:
+    """Once: the first cancellation counts, and says when and why."""
+    drafted = Drafted().apply(cancel_offer("o-1", reason="first"), T0).apply(cancel_offer("o-1", event_id="2"), T0 + 1)
+    (bound,) = drafted.operations()
+    assert (bound.offer_id, bound.forget) == ("o-1", True)
+    assert orjson.loads(bound.value.removeprefix("cancelled ")) == {"reason": "first", "at": T0}
+
+
+@pytest.mark.requirement("R19")
+def test_a_remembered_cancellation_does_not_touch_a_known_auction() -> None:
+    """A second start that names a cancelled offer, for an auction that is running: no effect but the conflict."""
+    auction, at = known(Status.ACTIVE)
+    value = "cancelled " + orjson.dumps({"reason": "withdrawn", "at": T0 - 9}).decode()
+    drafted = Drafted(auction, offers={"o-1": value}).apply(start("lot-7", T0, END, offer_id="o-1"), at)
+    assert drafted.facts() == []
+    assert [type(one) for one in drafted.operations()] == [Park]
+
+
+def test_an_event_for_a_damaged_timer_is_parked() -> None:
+    """With the error that says what is wrong with the hash."""
+    damaged = {"lot-7": CorruptTimerError("timer 'lot-7': ends_at")}
+    drafted = Drafted(unreadable=damaged).apply(bid("lot-7", "b-1", reply_to="inbox"), T0)
+    (park,) = drafted.operations(Park)
+    body = orjson.loads(park.body)
+    assert (park.command_id, body["error_code"], body["error"]) == (
+        "bid-b-1",
+        "TIMER_UNREADABLE",
+        "timer 'lot-7': ends_at",
+    )
+    assert (body["event_type"], body["reply_to"], body["first_seen_at"]) == ("auctions.bid.accepted", "inbox", T0)
+    assert drafted.batch.intake == "5-0"
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize(
+    ("body", "payload"),
+    [(b"{not json", "{not json"), (b"\xff\xfe", "\ufffd\ufffd"), (b'{"type":7}', {"type": 7}), (b"[1,2]", [1, 2])],
+)
+def test_poison_is_kept_as_readably_as_possible(body: bytes, payload: object) -> None:
+    """As JSON where it is JSON, else as text."""
+    (park,) = Drafted().apply(poison("p-1", body), T0).operations()
+    kept = orjson.loads(park.body)
+    assert (kept["payload"], kept["error_code"], kept["event_type"], kept["first_seen_at"]) == (
+        payload,
+        "SCHEMA_INVALID",
+        None,
+        T0,
+    )
+
+
+@pytest.mark.requirement("R29")
+def test_a_huge_poison_is_cut() -> None:
+    """What is kept of a body that is no JSON is bounded."""
+    (park,) = Drafted().apply(poison("p-1", b"x" * 200_000), T0).operations()
+    assert len(park.body) < 70_000
+
+
+def test_poison_without_an_id_is_named_by_its_place() -> None:
+    """So that two of them are two commands."""
+    drafted = Drafted().apply(Draft("", b"?"), None).apply(Draft("", b"?"), None)
+    assert [park.command_id for park in drafted.operations(Park)] == ["0-5-0", "0-6-0"]
+    assert {orjson.loads(park.body)["first_seen_at"] for park in drafted.operations(Park)} == {NOW}
+    assert drafted.journal.poison == 2
+
+
+def test_announcements_follow_the_records() -> None:
+    """In the order in which things happened, each with the version that then stood."""
+    auction, _ = known(Status.CLOSING)
+    drafted = Drafted(auction).apply(bid("lot-7", "b-1"), END - 1)
+    drafted.journal.elapse("lot-7", NOW)
+    told = [(one.type, one.version) for one in drafted.operations(Announce)]
+    assert told == [("bid.accepted", 4), ("timer.extended", 4), ("timer.ended", 5)]
+    kinds: list[type[Operation]] = [type(one) for one in drafted.operations(Record, Announce)]
+    assert kinds == [Record, Announce, Announce, Record, Announce]
+
+
+def test_the_cursor_follows_every_entry() -> None:
+    """Applied, refused, parked or without effect: each is acknowledged by the commit that decided it."""
+    auction, at = known(Status.ACTIVE)
+    drafted = Drafted(auction).apply(bid("lot-7", "b"), at).apply(poison("p"), at).apply(resume("lot-7", "r"), at)
+    drafted.apply(bid("unknown", "x"), at)
+    assert drafted.journal.batch().intake == "8-0"
+    assert HEAD.intake != START
