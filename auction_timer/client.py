@@ -18,6 +18,7 @@ ClientError
 """
 
 import asyncio
+import contextlib
 import math
 import random
 from collections import deque
@@ -833,9 +834,11 @@ async def _next(line: ClientConnection, session: TimerSession, clock: Clock) -> 
         if session.is_silent(now):
             return _Lost("the gateway fell silent")
         message = session.due_message(now)
-        try:
-            if message is not None:
+        if message is not None:
+            # A line that is closed takes no message, but it may hold frames that came before the close: read on.
+            with contextlib.suppress(ConnectionClosed):
                 await line.send(orjson.dumps(message), text=True)
+        try:
             async with asyncio.timeout(max(0, session.wake_ns() - now) / 1e9):
                 data = await line.recv(decode=False)
         except TimeoutError:

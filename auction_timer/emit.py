@@ -13,7 +13,7 @@ takes about 10 ms on a small machine.
 import asyncio
 import os
 import stat
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import BinaryIO, Final, TextIO
@@ -134,26 +134,30 @@ async def emit(
     return result
 
 
-async def stream_lines(stream: TextIO | BinaryIO) -> AsyncIterator[str]:
+async def stream_lines(stream: TextIO | BinaryIO) -> AsyncGenerator[str, None]:
     """The lines of an open file, such as stdin: of a pipe or a terminal each as soon as it is there.
 
     Of a line far beyond the bound of an event only the beginning is kept, which `emit` rejects.
     """
-    if not _can_be_awaited(stream.fileno()):
+    fd = stream.fileno()
+    if not _can_be_awaited(fd):
         async for text in _each(_decoded(stream)):
             yield text
         return
     reader = asyncio.StreamReader(limit=2 * BODY_BYTES_MAX)
+    # A copy, because the transport closes what it is given at the end of the stream.
+    copy = os.fdopen(os.dup(fd), "rb", buffering=0)
+    blocking = os.get_blocking(fd)
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), stream
+        lambda: asyncio.StreamReaderProtocol(reader), copy
     )
     try:
         while line := await _one_line(reader):
             yield line.decode(errors="replace")
     finally:
-        # A terminal is shared with the shell, which does not expect it to be left non-blocking.
-        os.set_blocking(stream.fileno(), True)
         transport.close()
+        # Blocking or not belongs to the open file, not to the copy: a terminal is shared with the shell.
+        os.set_blocking(fd, blocking)
 
 
 def _can_be_awaited(fd: int) -> bool:

@@ -138,8 +138,10 @@ class Engine:
                     shard.deliver(entries)
 
     async def _wait_for_room(self) -> None:
+        # Not `wait_for`, which before Python 3.12 can swallow a cancellation (see engine.store.link).
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._room.wait(), READ_BLOCK_MS / 1_000)
+            async with asyncio.timeout(READ_BLOCK_MS / 1_000):
+                await self._room.wait()
 
     async def _observe(self) -> None:
         seen_retries = 0

@@ -2,6 +2,7 @@
 their user part, bodies and tokens not at all."""
 
 import logging
+import re
 import sys
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -35,7 +36,8 @@ def configure(role: str, *, form: str, level: str) -> None:
 
 
 def without_secrets(url: str) -> str:
-    """A URL as it may be logged: its user part replaced."""
+    """A URL as it may be logged: user and password replaced, also where they stand in the query."""
     parts = urlsplit(url)
     userinfo, at, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"***@{host}")) if at and userinfo else url
+    shown = urlunsplit(parts._replace(netloc=f"***@{host}")) if at and userinfo else url
+    return re.sub("(?<=username=|password=)[^&]*", "***", shown)

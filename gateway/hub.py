@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import orjson
@@ -18,7 +19,7 @@ from engine.clock import AuctionClock
 from engine.contract.cursors import Cursor, stream_order
 from engine.contract.frames import is_frame
 from engine.contract.keys import shard_of
-from engine.contract.timers import as_of, timer
+from engine.contract.timers import CorruptTimerError, as_of, timer
 from engine.store.protocol import UpdateEntry, ViewStore
 from gateway.metrics import EVENT_LANE, TICK_LANE, GatewayMetrics
 from gateway.room import Room, text_frame
@@ -106,9 +107,9 @@ class Hub:
     def _forget_unused(self) -> None:
         if len(self._rooms) <= ROOMS_MAX:
             return
-        for key, room in list(self._rooms.items())[: len(self._rooms) // 10]:
-            if not room.is_watched:
-                del self._rooms[key]
+        unwatched = (key for key, room in self._rooms.items() if not room.is_watched)
+        for key in list(islice(unwatched, len(self._rooms) // 10)):
+            del self._rooms[key]
 
     async def reload(self, shard: int, cause: str) -> None:
         """The event lane of a shard went back or was lost: read its rooms anew and tell everyone who watches."""
@@ -118,7 +119,11 @@ class Hub:
             if not room.is_watched:
                 del self._rooms[key]
                 continue
-            view = await self._store.view(shard, room.auction_id)
+            try:
+                view = await self._store.view(shard, room.auction_id)
+            except CorruptTimerError:
+                log.exception("timer_unreadable", shard=shard, auction_id=room.auction_id)
+                continue
             if view.record is None or not view.record.auction.status.is_public:
                 continue
             room.version = 0
@@ -174,18 +179,18 @@ class Hub:
 
     def _body(self, shard: int, entry: UpdateEntry) -> dict[str, Any] | None:
         """An entry as the frame that is sent now: with its cursor, and the time of sending."""
-        try:
-            body: dict[str, Any] = orjson.loads(entry.body)
-        except orjson.JSONDecodeError:
-            log.exception("update_unreadable", shard=shard, stream_id=entry.stream_id)
-            return None
         now = self.clock.now_ms()
         cursor = str(Cursor(shard, entry.stream_id))
-        body["committed_at"] = body.get("server_time", now)
-        body["cursor"] = cursor
-        body["server_time"] = now
-        if "timer" in body:
-            body["timer"] = as_of(body["timer"], now, cursor)
+        try:
+            body: dict[str, Any] = orjson.loads(entry.body)
+            body["committed_at"] = body.get("server_time", now)
+            body["cursor"] = cursor
+            body["server_time"] = now
+            if "timer" in body:
+                body["timer"] = as_of(body["timer"], now, cursor)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.exception("update_unreadable", shard=shard, stream_id=entry.stream_id)
+            return None
         return body
 
     # What a socket is told first.
@@ -221,7 +226,9 @@ class Hub:
         if cursor is None or cursor.shard != room.shard:
             return None
         behind = stream_order(cursor.stream_id)
-        if not stream_order(self._ring_from[room.shard]) <= behind <= stream_order(self.positions[room.shard]):
+        position = stream_order(self.positions[room.shard])
+        # A room that was loaded ahead of the lane is not sent what lies between: until that is read, nothing can be promised.
+        if not stream_order(self._ring_from[room.shard]) <= behind <= position or room.loaded_order > position:
             return None
         bodies = [
             self._body(room.shard, entry)
@@ -244,7 +251,8 @@ class Hub:
             room = rooms.get(auction_id)
             if room is not None and room.is_watched:
                 version, _, frame = rest.partition(b" ")
-                room.tick(int(version), text_frame(frame))
+                if version.isdigit():
+                    room.tick(int(version), text_frame(frame))
 
     def _hear(self, shard: int, sent_at: int) -> None:
         now = self.clock.now_ms()

@@ -74,16 +74,17 @@ class Room:
 
     def event(self, frame: bytes) -> None:
         """Send an event to everyone."""
-        for subscriber in self.writable.copy():
-            subscriber.send(frame)
+        # The lagging ones first: a write may fill its transport, and who starts to lag by it has the frame already.
         for subscriber in self.lagging.copy():
             subscriber.keep_event(frame)
+        for subscriber in self.writable.copy():
+            subscriber.send(frame)
 
     def tick(self, version: int, frame: bytes) -> None:
         """Send a tick to everyone, unless the event lane already told something newer."""
         if version < self.version:
             return
-        for subscriber in self.writable.copy():
-            subscriber.send(frame)
         for subscriber in self.lagging:
             subscriber.keep_tick(frame)
+        for subscriber in self.writable.copy():
+            subscriber.send(frame)

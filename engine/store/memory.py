@@ -183,7 +183,8 @@ class MemoryStore:
         if block_ms <= 0:
             return False
         try:
-            await asyncio.wait_for(self._grown.wait(), block_ms / 1_000)
+            async with asyncio.timeout(block_ms / 1_000):
+                await self._grown.wait()
         except TimeoutError:
             return False
         return True

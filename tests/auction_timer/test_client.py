@@ -47,6 +47,7 @@ NS = 1_000_000
 URL = "http://gateway.test:8080"
 AUCTION = "a-1"
 BORN_MS = 1_700_000_000_000
+BIRTH = MonotonicNs(0)
 QUICK = Retry(first_ms=1, most_ms=2, deadline_ms=5_000)
 
 
@@ -97,7 +98,7 @@ def tick(version: int, server_time: int = BORN_MS, **fields: Any) -> Frame:
     return {"type": "timer.tick", "auction_id": AUCTION, "server_time": server_time, "version": version} | shown
 
 
-def live(now: MonotonicNs = MonotonicNs(0), **options: Any) -> TimerSession:
+def live(now: MonotonicNs = BIRTH, **options: Any) -> TimerSession:
     """A session that has its snapshot."""
     session = TimerSession(AUCTION, **options)
     session.connected(now)
@@ -526,7 +527,7 @@ class TestApi:
         assert third - second <= 201
 
     def test_one_deadline_bounds_all_attempts(self) -> None:
-        """When the gateway stays away, the error says for whom, why, and what to do; no attempt is made after the deadline."""
+        """When the gateway stays away, the error says for whom, why, and what to do, and comes at the deadline."""
         timeline = Timeline()
         script = Script(timeline, httpx.ConnectError("connection refused"))
         with pytest.raises(
@@ -559,7 +560,7 @@ class TestApi:
     @pytest.mark.parametrize(
         ("answer", "error_code", "detail"),
         [
-            (httpx.Response(413, json={"error_code": "PAYLOAD_TOO_LARGE", "detail": "too big"}), "PAYLOAD_TOO_LARGE", "too big"),
+            (httpx.Response(413, json={"error_code": "BATCH_TOO_LARGE", "detail": "too big"}), "BATCH_TOO_LARGE", "too big"),
             (httpx.Response(500, text="<html>"), "", "something else than a JSON object"),
             (httpx.Response(403, json={}), "", "Forbidden"),
         ],

@@ -85,6 +85,7 @@ class Bench(ABC):
     async def listening(self, shard: int) -> bool:
         """Whether somebody is subscribed to the tick lane of a shard."""
 
+    @abstractmethod
     async def close(self) -> None:
         """Give back what the bench took."""
 
@@ -137,6 +138,9 @@ class MemoryBench(Bench):
 
     async def listening(self, shard: int) -> bool:
         return bool(self.store._listeners)
+
+    async def close(self) -> None:
+        pass
 
 
 class RedisBench(Bench):

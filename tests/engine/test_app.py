@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -21,7 +22,7 @@ from engine.contract.audit import verify
 from engine.contract.cursors import START
 from engine.contract.keys import shard_of
 from engine.domain.instants import EpochMs
-from engine.domain.policy import Policy
+from engine.domain.policy import ExtensionMode, Policy
 from engine.settings import Settings
 from engine.store.link import RedisLink, RedisRefusedError
 from engine.store.protocol import DeploymentMismatchError, Lease
@@ -103,7 +104,9 @@ def test_an_auction_from_its_start_to_its_close() -> None:
     assert world.shard.timers["a"]["ended_at"] == str(end)
     versions = [tick["version"] for _, tick in heard]
     assert versions == sorted(versions), "no tick is older than one before it"
-    by_status = {status: [when for when, tick in heard if tick["status"] == status] for status in ("SCHEDULED", "CLOSING")}
+    by_status = {
+        status: [when for when, tick in heard if tick["status"] == status] for status in ("SCHEDULED", "CLOSING")
+    }
     assert by_status["SCHEDULED"][0] - at(0.5) <= 10
     (extended,) = [when for when, tick in heard if tick["version"] == 4][:1]
     assert extended - at(100) <= 10, "a change of the end ticks at once"
@@ -111,7 +114,7 @@ def test_an_auction_from_its_start_to_its_close() -> None:
     last_minute = [round((end - when) / 1_000) for when, tick in heard if tick["version"] == 4][1:]
     assert last_minute == list(range(59, 0, -1))
     times = [when for when, _ in heard]
-    assert max(later - earlier for earlier, later in zip(times, times[1:], strict=False)) <= 15_010
+    assert max(later - earlier for earlier, later in pairwise(times)) <= 15_010
 
 
 @pytest.mark.requirement("B1")
@@ -148,7 +151,11 @@ def test_many_auctions_close_on_time_and_never_early(ahead_ms: int) -> None:
 
 def test_events_are_applied_in_their_order_across_reads_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backlog beyond what one read, one batch and the inbox take: everything once, in the order of the intake."""
-    for module, name, value in [(app_module, "READ_MAX", 7), (app_module, "INBOX_MAX", 12), (shard_module, "INBOX_MAX", 12)]:
+    for module, name, value in [
+        (app_module, "READ_MAX", 7),
+        (app_module, "INBOX_MAX", 12),
+        (shard_module, "INBOX_MAX", 12),
+    ]:
         monkeypatch.setattr(module, name, value)
     world = World()
     bids = [f"b-{number:03}" for number in range(150)]
@@ -200,6 +207,7 @@ def test_a_dead_engine_is_replaced_within_the_lease() -> None:
 
     async def scenario() -> None:
         first_store = FaultyStore(world.store)
+        first_store.patience_s = 0.1
         first, second = world.engine("first", store=first_store), world.engine("second", seed=2)
         async with running(first):
             await passes(1)
@@ -235,7 +243,7 @@ def test_a_fenced_engine_notices_at_its_next_commit() -> None:
         first = world.engine("first", heartbeat_ms=600, lease_ms=60_000)
         async with running(first):
             await passes(0.1)
-            await world.append(start("a", at(0.5), at(600)))
+            await world.append(start("a", at(0.5), at(6_000)))
             await passes(0.2)
             assert set(first.scheduler._dues._at) == {"a"}
             await world.store.claim(0, "usurper", await world.store.lease(0))
@@ -248,7 +256,7 @@ def test_a_fenced_engine_notices_at_its_next_commit() -> None:
             await passes(1)
             assert first.leases.epochs == {0: 3}
             await passes(0.1)
-            assert world.facts("a")[-1] == "bid_accepted"
+            assert "bid_accepted" in world.facts("a")
 
     with capture_logs() as lines:
         play(world, scenario)
@@ -305,14 +313,7 @@ def test_an_engine_waits_for_its_store() -> None:
 
     async def scenario() -> None:
         store = FaultyStore(world.store)
-        store.away = True
-        original = store._reach
-
-        async def slowly() -> None:
-            await passes(0.5)
-            await original()
-
-        store._reach = slowly  # type: ignore[method-assign]
+        store.away, store.patience_s = True, 0.5
         async with running(world.engine(store=store)):
             await passes(5)
             assert world.shard.lease == Lease("", 0, 0)
@@ -334,14 +335,7 @@ def test_an_engine_outlives_a_store_that_is_away(away_s: int) -> None:
 
     async def scenario() -> None:
         store = FaultyStore(world.store)
-        original = store._reach
-
-        async def slowly() -> None:
-            if store.away:
-                await passes(0.1)
-            await original()
-
-        store._reach = slowly  # type: ignore[method-assign]
+        store.patience_s = 0.1
         async with running(world.engine(store=store)) as task:
             await passes(0.1)
             await world.append(start("a", at(1), at(30), policy=QUICK), start("b", at(1), at(29.5), policy=QUICK))
@@ -489,7 +483,7 @@ async def test_an_engine_on_a_real_server(redis_server: Server, calm_again: None
     link = RedisLink(redis_server.url, SystemClock())
     store = RedisStore(link, SystemClock())
     shard = shard_of("a", 2)
-    policy = Policy(soft_close_window_ms=600, extension_ms=400)
+    policy = Policy(soft_close_window_ms=600, extension_ms=400, mode=ExtensionMode.ADD)
 
     async def facts() -> list[str]:
         records = await link.commands.xrange(f"auction:audit:{{{shard}}}")
@@ -522,7 +516,7 @@ async def test_an_engine_on_a_real_server(redis_server: Server, calm_again: None
         ]
         (record,) = await store.timers(shard, ["a"])
         intake = (await store.read_intake({shard: START}, 9, 0))[shard]
-        assert record.auction.ended_at == max(intake[0].at + 0, intake[1].at + 400)
+        assert record.auction.ended_at == record.auction.registered.ends_at + 400
         head = await store.head(shard)
         assert head.intake == intake[-1].stream_id
         assert head.last_at >= record.auction.ended_at

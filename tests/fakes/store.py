@@ -20,7 +20,8 @@ class Fault(Enum):
 class FaultyStore:
     """`MemoryStore`, whose calls can be lost and whose every call gives others a turn, as a network does.
 
-    `plan` says what becomes of each commit, in order; when it is used up all is well. `away` makes every call fail.
+    `plan` says what becomes of each commit, in order; when it is used up all is well. `away` makes every call fail,
+    after `patience_s`: on virtual time a caller that tries again at once would try for ever.
     `before_commit` is called with each batch before the store sees it. `time_ahead_ms` falsifies `time_us`, so that an
     engine which asks it keeps a clock that is ahead of the authority.
     """
@@ -29,6 +30,7 @@ class FaultyStore:
         self.inner = inner
         self.away = False
         self.time_ahead_ms = 0
+        self.patience_s = 0.0
         self.commits: list[tuple[Batch, CommitResult | None]] = []
         self.before_commit: Callable[[Batch], None] = lambda _batch: None
         self._plan = iter(plan)
@@ -53,7 +55,7 @@ class FaultyStore:
         return await self.inner.time_us() + self.time_ahead_ms * 1_000
 
     async def _reach(self) -> None:
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.patience_s if self.away else 0)
         if self.away:
             raise StoreUnavailableError("away")
 

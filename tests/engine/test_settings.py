@@ -1,0 +1,183 @@
+"""Tests for engine.settings: where settings come from, which are refused, and with which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.settings import PREFIX, Settings, SettingsError
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A directory without `.env`, and an environment without settings."""
+    import os
+
+    for name in os.environ:
+        if name.upper().startswith(PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_defaults_are_consistent_and_local() -> None:
+    """Without any setting: no faults, loopback only, eight shards, an embedded store."""
+    settings = Settings.load()
+    assert settings.faults() == []
+    assert settings.is_loopback
+    assert (settings.shards, settings.redis_url, settings.durability) == (8, None, "local")
+
+
+def test_two_engines_of_one_machine_have_different_names() -> None:
+    """The default name of an engine is made of host and process."""
+    import os
+
+    assert Settings.load().instance == f"{os.uname().nodename}-{os.getpid()}"
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`AUCTION_TIMER_*`, as text; lists as JSON."""
+    monkeypatch.setenv("AUCTION_TIMER_SHARDS", "32")
+    monkeypatch.setenv("AUCTION_TIMER_REDIS_URL", "redis://cache:7000")
+    monkeypatch.setenv("AUCTION_TIMER_ALLOWED_ORIGINS", '["https://bids.example"]')
+    settings = Settings.load()
+    assert (settings.shards, settings.redis_url, settings.allowed_origins) == (
+        32,
+        "redis://cache:7000",
+        ["https://bids.example"],
+    )
+
+
+def test_settings_come_from_a_file(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.env` of the working directory; the environment goes before it, and an option before both."""
+    (nowhere / ".env").write_text("AUCTION_TIMER_SHARDS=16\nAUCTION_TIMER_PORT=9000\nOTHER=1\n")
+    monkeypatch.setenv("AUCTION_TIMER_PORT", "9001")
+    settings = Settings.load(host="localhost", port=None)
+    assert (settings.shards, settings.port, settings.host) == (16, 9001, "localhost")
+    assert Settings.load(port=9002).port == 9002
+
+
+def test_an_unknown_name_is_an_error(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo is never silently ignored, in the environment or in the file; every one is named."""
+    monkeypatch.setenv("AUCTION_TIMER_SHARD", "4")
+    monkeypatch.setenv("AUCTION_TIMER_FROB", "4")
+    monkeypatch.setenv("OTHER_SHARD", "4")
+    (nowhere / ".env").write_text("AUCTION_TIMER_REDIS=redis://x\n")
+    with pytest.raises(SettingsError) as raised:
+        Settings.load()
+    assert [fault.split()[0] for fault in raised.value.faults] == [
+        "AUCTION_TIMER_FROB",
+        "AUCTION_TIMER_SHARD",
+        "AUCTION_TIMER_REDIS",
+    ]
+    assert "docs/configuration.md" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SHARDS", "0"),
+        ("SHARDS", "1025"),
+        ("SHARDS", "many"),
+        ("PORT", "65536"),
+        ("DURABILITY", "wished"),
+        ("LEASE_MS", "299"),
+        ("BATCH_MAX", "1001"),
+        ("INSTANCE", "two words"),
+        ("INSTANCE", ""),
+        ("LOG_LEVEL", "loud"),
+        ("OUTBOX_BYTES_MAX", "1"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """The message says which setting and what is wrong with it."""
+    monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(SettingsError) as raised:
+        Settings.load()
+    (fault,) = raised.value.faults
+    assert fault.startswith(f"{PREFIX}{name}: ")
+
+
+def test_every_wrong_value_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to start five times to find five mistakes."""
+    monkeypatch.setenv("AUCTION_TIMER_SHARDS", "0")
+    monkeypatch.setenv("AUCTION_TIMER_PORT", "-1")
+    monkeypatch.setenv("AUCTION_TIMER_FROB", "1")
+    with pytest.raises(SettingsError) as raised:
+        Settings.load()
+    assert len(raised.value.faults) == 3
+
+
+def test_a_secret_is_not_shown() -> None:
+    """Neither in the settings' own text nor in the message of an error about another setting."""
+    assert "s3cret" not in repr(Settings.load(jwt_secret="s3cret"))
+    with pytest.raises(SettingsError) as raised:
+        Settings.load(jwt_secret="s3cret", shards=0)
+    assert "s3cret" not in str(raised.value)
+
+
+def test_an_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compose files like to set it."""
+    monkeypatch.setenv("AUCTION_TIMER_REDIS_URL", "")
+    assert Settings.load().redis_url is None
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"heartbeat_ms": 700}, "heartbeat_ms"),
+        ({"lease_ms": 1_000}, "heartbeat_ms"),
+        ({"durability": "replicated"}, "replicated"),
+        ({"jwt_secret": "s"}, "JWT_SECRET"),
+        ({"jwks_url": "https://keys"}, "JWKS_URL"),
+        ({"jwks_file": "keys.json"}, "JWKS_FILE"),
+        ({"host": "0.0.0.0"}, "0.0.0.0"),
+        ({"intake_max": 100_000}, "intake_retained"),
+    ],
+)
+def test_an_inconsistency_is_a_fault(options: dict[str, Any], word: str) -> None:
+    """One sentence for each, which names the setting at fault."""
+    (fault,) = Settings.load(**options).faults()
+    assert word in fault
+
+
+def test_every_inconsistency_is_listed() -> None:
+    """Not only the first."""
+    assert len(Settings.load(lease_ms=300, durability="replicated", host="::", intake_max=1_000).faults()) == 4
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "[::1]", "localhost"])
+def test_loopback_needs_no_leave(host: str) -> None:
+    """Only this machine can come in."""
+    settings = Settings.load(host=host)
+    assert settings.is_loopback
+    assert settings.faults() == []
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "bids.example", "127.0.0.1.example", ""])
+def test_another_address_needs_leave(host: str) -> None:
+    """Without tokens anybody there could read and write: a fault, unless that is what was asked for."""
+    settings = Settings.load(host=host)
+    assert not settings.is_loopback
+    assert any("--insecure" in fault for fault in settings.faults())
+    assert Settings.load(host=host, insecure=True).faults() == []
+
+
+def test_limits_of_the_store_follow_the_settings() -> None:
+    """Each bound is the setting of its name."""
+    settings = Settings.load(seen_ms=61_000, intake_max=5_000, updates_max=2_000, closed_retention_ms=62_000)
+    limits = settings.store_limits()
+    assert (limits.seen_ms, limits.intake_max, limits.updates_max, limits.closed_retention_ms) == (
+        61_000,
+        5_000,
+        2_000,
+        62_000,
+    )
+    assert limits.stamp_bound_ms == 250
+
+
+def test_every_setting_is_described() -> None:
+    """The configuration reference is generated from these sentences."""
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.description.rstrip("`").endswith("."), name

@@ -1,0 +1,140 @@
+"""Tests for gateway.room."""
+
+import pytest
+from websockets.frames import Frame, Opcode
+from websockets.streams import StreamReader
+
+from engine.domain.lifecycle import Status
+from gateway.room import Room, text_frame
+from tests.gateway.house import Listener
+
+
+def room_of(*, writable: int = 0, lagging: int = 0) -> tuple[Room, list[Listener], list[Listener]]:
+    """A room at version 5, and who is in it."""
+    room = Room("a-1", 0)
+    room.show({"version": 5, "status": "ACTIVE"})
+    quick, slow = [Listener() for _ in range(writable)], [Listener() for _ in range(lagging)]
+    room.writable |= set(quick)
+    room.lagging |= set(slow)
+    return room, quick, slow
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536, 100_000])
+def test_a_text_frame_is_one_whole_unmasked_frame(size: int) -> None:
+    """Whatever its size, a payload travels as one final text frame that any parser reads back."""
+    sent = b"x" * size
+    reader = StreamReader()
+    reader.feed_data(text_frame(sent))
+    reader.feed_eof()
+    parser = Frame.parse(reader.read_exact, mask=False, max_size=None)
+    with pytest.raises(StopIteration) as parsed:
+        next(parser)
+    frame: Frame = parsed.value.value
+    assert (frame.opcode, frame.fin, bytes(frame.data)) == (Opcode.TEXT, True, sent)
+
+
+def test_a_new_room_is_empty_and_not_over() -> None:
+    """Before anything is known nobody watches and nothing has ended."""
+    room = Room("a-1", 3)
+    assert (room.is_watched, room.is_over, room.version, room.shard) == (False, False, 0, 3)
+
+
+@pytest.mark.parametrize("status", [status for status in Status if status.is_public])
+def test_a_room_is_over_exactly_in_the_terminal_statuses(status: Status) -> None:
+    """Only an ended or cancelled auction sends its watchers home."""
+    room = Room("a-1", 0)
+    room.show({"version": 1, "status": status.value})
+    assert room.is_over == status.is_terminal
+
+
+def test_somebody_who_lags_still_watches() -> None:
+    """A room with only lagging subscribers must not be forgotten."""
+    assert room_of(lagging=1)[0].is_watched
+    assert room_of(writable=1)[0].is_watched
+
+
+def test_an_older_timer_does_not_replace_a_newer_one() -> None:
+    """What is remembered only goes forward; the same version again may replace itself."""
+    room = room_of()[0]
+    room.show({"version": 4, "status": "ENDED"})
+    assert room.timer == {"version": 5, "status": "ACTIVE"}
+    room.show({"version": 5, "status": "CLOSING"})
+    assert (room.version, room.timer["status"]) == (5, "CLOSING")
+    room.show({"version": 6, "status": "ENDED"})
+    assert (room.version, room.is_over) == (6, True)
+
+
+@pytest.mark.requirement("B3")
+def test_an_event_goes_to_everyone_in_the_lane_each_can_take() -> None:
+    """Writable subscribers get it at once, lagging ones keep it."""
+    room, quick, slow = room_of(writable=2, lagging=2)
+    room.event(b"e")
+    assert [listener.sent for listener in quick] == [[b"e"]] * 2
+    assert [listener.kept for listener in slow] == [[b"e"]] * 2
+    assert not any(listener.kept for listener in quick)
+    assert not any(listener.sent for listener in slow)
+
+
+@pytest.mark.requirement("B3")
+@pytest.mark.parametrize(("version", "passes"), [(4, False), (5, True), (6, True)])
+def test_a_tick_older_than_the_event_lane_is_dropped(version: int, passes: bool) -> None:
+    """A tick never takes back what an event has told; the same version or a newer one passes."""
+    room, (quick,), (slow,) = room_of(writable=1, lagging=1)
+    room.tick(version, b"t")
+    assert (quick.sent, slow.ticks) == (([b"t"], [b"t"]) if passes else ([], []))
+    assert not slow.kept
+
+
+class Stalling(Listener):
+    """A subscriber whose transport asks to pause in the middle of a write, as asyncio's and uvloop's do."""
+
+    def __init__(self, room: Room) -> None:
+        super().__init__()
+        self.room = room
+
+    def send(self, frame: bytes) -> None:
+        super().send(frame)
+        self.room.writable.discard(self)
+        self.room.lagging.add(self)
+
+
+@pytest.mark.requirement("B3")
+def test_a_subscriber_that_starts_to_lag_during_a_write_gets_the_event_once() -> None:
+    """The event that fills a transport was taken by it: it is not kept for later as well."""
+    room = room_of()[0]
+    stalling = Stalling(room)
+    room.writable.add(stalling)
+    room.event(b"e1")
+    room.event(b"e2")
+    assert (stalling.sent, stalling.kept) == ([b"e1"], [b"e2"])
+
+
+def test_a_subscriber_that_starts_to_lag_during_a_write_gets_the_tick_once() -> None:
+    """The same for a tick: its slot stays free for a newer one."""
+    room = room_of()[0]
+    stalling = Stalling(room)
+    room.writable.add(stalling)
+    room.tick(5, b"t1")
+    assert (stalling.sent, stalling.ticks) == ([b"t1"], [])
+
+
+def test_a_subscriber_may_leave_while_everyone_is_told() -> None:
+    """One that goes away because of the event itself disturbs nobody else."""
+    room = room_of()[0]
+
+    class Leaving(Listener):
+        def send(self, frame: bytes) -> None:
+            super().send(frame)
+            room.writable.discard(self)
+
+        def keep_event(self, frame: bytes) -> None:
+            super().keep_event(frame)
+            room.lagging.discard(self)
+
+    quick, slow = [Leaving() for _ in range(5)], [Leaving() for _ in range(5)]
+    room.writable |= set(quick)
+    room.lagging |= set(slow)
+    room.event(b"e")
+    assert [listener.sent for listener in quick] == [[b"e"]] * 5
+    assert [listener.kept for listener in slow] == [[b"e"]] * 5
+    assert not room.is_watched
