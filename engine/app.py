@@ -5,6 +5,7 @@ import contextlib
 import gc
 import signal
 from collections.abc import Awaitable, Callable
+from itertools import count
 from typing import Final
 
 import structlog
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_sync import ClockSync
+from engine.domain.instants import EpochMs
 from engine.lease import LeaseKeeper
 from engine.logs import without_secrets
 from engine.metrics import EngineMetrics
@@ -28,6 +30,8 @@ READ_BLOCK_MS: Final = 1_000
 READ_AGAIN_MS: Final = 20
 """While a shard's inbox is full the read leaves it out, and must not block the others' next look for long."""
 OBSERVE_EVERY_S: Final = 2.0
+FORGET_EVERY_ROUNDS: Final = 300
+"""Ten minutes between two looks at what has been closed for longer than it is kept."""
 RELEASE_WITHIN_S: Final = 2.0
 
 log = structlog.get_logger()
@@ -145,7 +149,7 @@ class Engine:
 
     async def _observe(self) -> None:
         seen_retries = 0
-        while True:
+        for round_number in count(1):
             await asyncio.sleep(OBSERVE_EVERY_S)
             self._metrics.active.set(sum(len(shard.live) for shard in self.shards.values()))
             self._metrics.intake_lag.set(sum(len(shard.inbox) for shard in self.shards.values()))
@@ -155,6 +159,10 @@ class Engine:
             with contextlib.suppress(StoreUnavailableError):
                 depths = [await self._store.parked(number) for number in list(self.shards)]
                 self._metrics.parked.set(sum(depths))
+                if round_number % FORGET_EVERY_ROUNDS == 0:
+                    before = EpochMs(self.clock.now_ms() - self._settings.closed_retention_ms)
+                    for number in list(self.shards):
+                        await self._store.forget_closed(number, before)
 
 
 async def _patiently(step: Callable[[], Awaitable[None]]) -> None:

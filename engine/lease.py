@@ -52,6 +52,7 @@ class LeaseKeeper:
     async def run(self) -> None:
         """Beat, and take what is free, until cancelled."""
         while True:
+            held = set(self.epochs)
             try:
                 for shard in range(self._shard_count):
                     if shard in self.epochs:
@@ -60,6 +61,8 @@ class LeaseKeeper:
                         await self._try(shard)
             except StoreUnavailableError as error:
                 log.warning("lease_round_failed", error=str(error))
+            if gained := sorted(set(self.epochs) - held):
+                log.info("shards_claimed", shards=gained, of=self._shard_count)
             await asyncio.sleep(self._heartbeat_s)
 
     async def _beat(self, shard: int) -> None:
@@ -80,7 +83,7 @@ class LeaseKeeper:
         if lease.holder == self._holder:
             self._watched.pop(shard, None)
             self.epochs[shard] = lease.epoch
-            log.info("shard_claimed", shard=shard, epoch=lease.epoch)
+            log.debug("shard_claimed", shard=shard, epoch=lease.epoch)
             await self._gained(shard, lease.epoch)
         elif lease != seen:
             # As of the answer: while it was on its way the holder may have beaten.

@@ -12,12 +12,14 @@ were; bids that were due meanwhile are sent then, and judged at the arrival they
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
+
+import httpx
 
 from auction_timer.client import (
     EVENTS_MAX,
@@ -88,6 +90,8 @@ class ReplayProgress:
 
 
 OnProgress = Callable[[ReplayProgress], None]
+Watcher = Callable[..., AsyncGenerator[Frame, None]]
+"""`watch_auction`, or what stands in for it."""
 
 
 async def replay(
@@ -105,6 +109,8 @@ async def replay(
     lead_ms: int = LEAD_MS,
     on_progress: OnProgress | None = None,
     clock: Clock | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+    watcher: Watcher = watch_auction,
 ) -> ReplayReport:
     """Play the history in `path` against the server at `url`, and judge what it did.
 
@@ -116,6 +122,7 @@ async def replay(
         lead_ms: from now to the start of all auctions.
         on_progress: called after every request and every close.
         clock: of this process.
+        transport, watcher: the HTTP side and the socket; for tests.
 
     Raises:
         HistoryError: the file is no bid history.
@@ -125,17 +132,18 @@ async def replay(
         OSError: the file cannot be read.
     """
     clock = clock or SystemClock()
-    history = await asyncio.to_thread(read_history, path, limit=limit)
+    history = read_history(path, limit=limit)
     policy = PastPolicy(window_ms, extension_ms, mode, total_cap_ms, max_extensions)
     prefix = auction_prefix or f"replay-{uuid4().hex[:8]}"
     # Planned once without a server, so that a plan that cannot be is told before anybody is asked.
     make_plan(history, starts_at=clock.wall_ms(), speed=speed, policy=policy, prefix=prefix)
-    async with Api(url, retry=Retry(deadline_ms=AWAY_MS)) as api:
+    async with Api(url, retry=Retry(deadline_ms=AWAY_MS), transport=transport) as api:
         server_now = await _server_now(api, clock)
-        plan = make_plan(
-            history, starts_at=EpochMs(server_now + lead_ms), speed=speed, policy=policy, prefix=prefix
-        )  # fmt: skip
-        return await _Player(api, plan, clock, server_now, on_progress or (lambda _progress: None)).play()
+        starts_at = EpochMs(server_now + lead_ms)
+        plan = make_plan(history, starts_at=starts_at, speed=speed, policy=policy, prefix=prefix)
+        player = _Player(api, plan, watcher, clock, on_progress or (lambda _progress: None))
+        player.believe(server_now)
+        return await player.play()
 
 
 async def _server_now(api: Api, clock: Clock) -> EpochMs:
@@ -151,15 +159,13 @@ async def _server_now(api: Api, clock: Clock) -> EpochMs:
 class _Player:
     """One run."""
 
-    def __init__(
-        self, api: Api, plan: Plan, clock: Clock, server_now: EpochMs, on_progress: OnProgress
-    ) -> None:  # fmt: skip
+    def __init__(self, api: Api, plan: Plan, watcher: Watcher, clock: Clock, on_progress: OnProgress) -> None:
         self._api = api
         self._plan = plan
+        self._watcher = watcher
         self._clock = clock
         self._began_ns = clock.monotonic_ns()
         self._server = ServerClock()
-        self._server.hear(server_now, self._began_ns)
         self._on_progress = on_progress
         self._seen = {auction.auction_id: Observed() for auction in plan.auctions}
         self._handshakes = asyncio.Semaphore(HANDSHAKES_AT_ONCE)
@@ -167,7 +173,12 @@ class _Player:
         self._registered = self._watched = self._sent = self._ended = self._extensions = 0
         self._all_watched = asyncio.Event()
 
+    def believe(self, server_now: EpochMs) -> None:
+        """Take a first idea of the server's time; the arrival stamps make it better."""
+        self._server.hear(server_now, self._clock.monotonic_ns())
+
     async def play(self) -> ReplayReport:
+        """Play it to its end, and judge."""
         await self._register()
         self._enter(Phase.OPENING)
         watchers = [asyncio.create_task(self._watch(auction)) for auction in self._plan.auctions]
@@ -284,7 +295,7 @@ class _Player:
                 return
 
     async def _listen(self, session: TimerSession, seen: Observed, opening: contextlib.ExitStack) -> None:
-        frames = watch_auction(
+        frames = self._watcher(
             self._api.url,
             session.auction_id,
             session=session,

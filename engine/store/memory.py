@@ -242,6 +242,10 @@ class MemoryStore:
         memory = self.shards[shard]
         memory.events = [entry for entry in memory.events if stream_order(entry.stream_id) >= stream_order(before)]
 
+    async def forget_closed(self, shard: int, before: EpochMs) -> None:
+        groups = self.shards[shard].groups
+        groups[Group.CLOSED] = {name: at for name, at in groups[Group.CLOSED].items() if at >= before}
+
     async def publish(self, lines: Mapping[int, bytes]) -> None:
         for listener in self._listeners:
             for shard, payload in lines.items():

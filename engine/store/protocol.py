@@ -339,6 +339,10 @@ class ShardStore(Protocol):
         """Forget intake entries before stream id `before`, which the caller has committed long ago."""
         ...
 
+    async def forget_closed(self, shard: int, before: EpochMs) -> None:
+        """Take auctions that closed before `before` out of the listing; their hashes expire by themselves."""
+        ...
+
     async def publish(self, lines: Mapping[int, bytes]) -> None:
         """Send lines of the tick lane, per shard. They are disposable: nobody waits for them and nobody repeats them."""
         ...

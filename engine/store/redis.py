@@ -274,6 +274,9 @@ class RedisStore:
     async def trim_intake(self, shard: int, before: str) -> None:
         await self._read("XTRIM", self._keys(shard).events, "MINID", "~", before)
 
+    async def forget_closed(self, shard: int, before: EpochMs) -> None:
+        await self._read("ZREMRANGEBYSCORE", self._keys(shard).closed, "-inf", f"({before}")
+
     async def publish(self, lines: Mapping[int, bytes]) -> None:
         pipe = self.link.commands.pipeline(transaction=False)
         for shard, payload in lines.items():

@@ -388,3 +388,12 @@ async def test_a_refused_batch_can_be_committed_later(bench: Bench) -> None:
     batch = await batch_on(bench, *EVERYTHING, est=est, due_at=EpochMs(est + 300))
     assert await refused(bench, batch) == Early(50)
     assert await bench.store.commit(replace(batch, est=EpochMs(est + 50))) == Committed(EpochMs(est + 300))
+
+
+async def test_what_has_been_closed_for_long_is_forgotten(bench: Bench) -> None:
+    """Auctions closed before the given instant leave the listing, the one closed at it and live ones stay."""
+    await commit(bench, put("a"), PlaceClosed("a", EpochMs(6)), put("b"), PlaceClosed("b", EpochMs(7)))
+    await commit(bench, put("c"), PlaceLive("c", EpochMs(5)))
+    await bench.store.forget_closed(0, EpochMs(7))
+    assert [at.auction_id for at in await bench.store.page(0, Group.CLOSED, None, 10)] == ["b"]
+    assert [at.auction_id for at in await bench.store.page(0, Group.LIVE, None, 10)] == ["c"]

@@ -278,7 +278,7 @@ def test_a_store_that_is_away_ends_nothing() -> None:
 
     with capture_logs() as lines:
         world.play(scenario)
-    assert {line["event"] for line in lines} == {"lease_round_failed", "shard_claimed"}
+    assert {line["event"] for line in lines} == {"lease_round_failed", "shard_claimed", "shards_claimed"}
 
 
 def test_a_shard_that_somebody_else_reports_lost_is_dropped_once() -> None:

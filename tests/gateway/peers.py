@@ -32,6 +32,7 @@ class StillTransport(asyncio.Transport):
         self.stuck = False
         self.paused = False
         self.aborted = False
+        self.reading = True
         self.taken = bytearray()
         self.buffer = bytearray()
         self._closing = False
@@ -65,6 +66,12 @@ class StillTransport(asyncio.Transport):
             self.paused = False
             self.protocol.resume_writing()
 
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
     def is_closing(self) -> bool:
         return self._closing
 
@@ -88,7 +95,9 @@ class StillTransport(asyncio.Transport):
 class Peer:
     """A client and the connection it is served by."""
 
-    def __init__(self, door: Door, path: str = PATH, *, address: str = "192.0.2.1", host: str = "127.0.0.1:8080") -> None:
+    def __init__(
+        self, door: Door, path: str = PATH, *, address: str = "192.0.2.1", host: str = "127.0.0.1:8080"
+    ) -> None:
         self.transport = StillTransport(address)
         self.uvicorn_connections: set[Any] = set()
         state: Any = SimpleNamespace(connections=self.uvicorn_connections)
@@ -115,7 +124,7 @@ class Peer:
     def feed(self, data: bytes, piece: int = 1 << 20) -> None:
         """Send these bytes, as long as the connection takes any."""
         for start in range(0, len(data), piece):
-            if self.transport.is_closing():
+            if self.transport.is_closing() or not self.transport.reading:
                 return
             self.connection.data_received(data[start : start + piece])
 

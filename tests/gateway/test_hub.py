@@ -359,7 +359,19 @@ async def test_a_resume_brings_exactly_what_was_missed_in_order() -> None:
 @pytest.mark.requirement("B4")
 @pytest.mark.parametrize(
     "since",
-    ["", "garbage", "0.3", "1.3-0", "0.99-0", "0.3-1", "-1.3-0", "0.3-0 ", "00000.3-0", "0." + "9" * 30 + "-0", "0.3-0\n"],
+    [
+        "",
+        "garbage",
+        "0.3",
+        "1.3-0",
+        "0.99-0",
+        "0.3-1",
+        "-1.3-0",
+        "0.3-0 ",
+        "00000.3-0",
+        "0." + "9" * 30 + "-0",
+        "0.3-0\n",
+    ],
 )
 async def test_a_cursor_that_is_not_of_here_is_not_recovered(since: str) -> None:
     """Garbage, another shard or a place that was not reached yet: a plain no, and only the snapshot."""
@@ -562,7 +574,9 @@ async def test_ticks_never_take_back_what_the_event_lane_told() -> None:
     assert [frame["version"] for frame in told(listener.sent)] == [5, 6]
 
 
-@pytest.mark.parametrize("line", [b"", b"a-1", b"a-1 ", b"a-1 x {}", b"a-1  {}", b"nobody 1 {}", b"! e", b"! e 1 soon", b"!"])
+@pytest.mark.parametrize(
+    "line", [b"", b"a-1", b"a-1 ", b"a-1 x {}", b"a-1  {}", b"nobody 1 {}", b"! e", b"! e 1 soon", b"!"]
+)
 async def test_a_line_that_is_no_tick_is_passed_over(line: bytes) -> None:
     """Whatever stands on the channel, the lines around it are delivered."""
     house = House()
