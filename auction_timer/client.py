@@ -262,6 +262,7 @@ class Api:
         self.retry = retry or Retry()
         self.resent = 0
         """Requests that were sent once more."""
+        self._answered = False
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
@@ -344,14 +345,19 @@ class Api:
             raise GatewayAwayError(self.url, _trouble(error)) from error
         if response.status_code not in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE):
             raise _refusal(response)
+        self._answered = True
         body = _json(response)
         return Readiness(body.get("ready") is True, dict(body.get("checks") or {}), _date_ms(response))
 
     async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """Send until it is answered with anything but "not now", within one deadline for all attempts."""
+        """Send until it is answered with anything but "not now", within one deadline for all attempts.
+
+        The deadline is a short one until anybody has answered here: a wrong URL should not take half a minute to be told.
+        """
+        within_ms = self.retry.deadline_ms if self._answered else min(self.retry.deadline_ms, FIRST_WITHIN_MS)
         trouble, cause = "no answer yet", None
         try:
-            async with asyncio.timeout(self.retry.deadline_ms / 1_000):
+            async with asyncio.timeout(within_ms / 1_000) as bound:
                 for own_pause_ms in self.retry.pauses_ms():
                     pause_ms = own_pause_ms
                     try:
@@ -359,6 +365,7 @@ class Api:
                     except httpx.TransportError as error:
                         trouble, cause = _trouble(error), error
                     else:
+                        self._extend(bound)
                         if response.status_code not in _NOT_NOW:
                             return response
                         trouble, cause = str(_refusal(response)), None
@@ -368,6 +375,14 @@ class Api:
         except TimeoutError:
             raise GatewayAwayError(self.url, trouble) from cause
         raise AssertionError("the pauses have no end")
+
+    def _extend(self, bound: asyncio.Timeout) -> None:
+        """Somebody is there: from now on it is worth waiting for."""
+        if not self._answered:
+            self._answered = True
+            due_s = bound.when()
+            assert due_s is not None
+            bound.reschedule(due_s + max(0, self.retry.deadline_ms - FIRST_WITHIN_MS) / 1_000)
 
 
 _NOT_NOW: Final = frozenset({429, 502, 503, 504})
@@ -570,10 +585,6 @@ class TimerSession:
     def warns(self) -> bool:
         """Whether the drift is one that a viewer should know of (requirement R9)."""
         return self.drift_ms is not None and abs(self.drift_ms) > WARN_MS
-
-    def heard_ms_ago(self, now: MonotonicNs) -> float | None:
-        """How long nothing was heard, in ms; None if nothing ever was."""
-        return None if self._heard_ns is None else (now - self._heard_ns) / _NS
 
     def remaining_ms(self, now: MonotonicNs) -> int | None:
         """The countdown, in ms: 0 when it is over, frozen while paused, None before the first frame.

@@ -12,9 +12,10 @@ were built once straight to the transport. So a socket costs no task, no queue a
 import asyncio
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 import orjson
+import structlog
 from websockets.datastructures import Headers
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
@@ -22,6 +23,7 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from engine.contract.intake import AUCTION_ID
+from engine.contract.timers import CorruptTimerError
 from engine.store.protocol import StoreError
 from gateway.closing import CloseCode
 from gateway.problems import MEDIA_TYPE, Problem, ProblemType, problem_body
@@ -39,6 +41,8 @@ WRITE_BUFFER_HIGH_BYTES: Final = 65_536
 """Above this the transport asks to pause, and the socket counts as lagging: about 250 ticks."""
 REASON_BYTES_MAX: Final = 123
 """RFC 6455, section 5.5.1: a close frame carries at most 125 bytes, two of them the code."""
+
+log = structlog.get_logger()
 
 
 class Connection(asyncio.Protocol):
@@ -115,12 +119,14 @@ class Connection(asyncio.Protocol):
         self._flush()
 
     def pause_writing(self) -> None:
+        self.transport.pause_reading()  # or its pings would be answered into a buffer without a bound
         if self.room is not None:
             self.lagging_since_ns = self.door.now_ns()
             self.room.writable.discard(self)
             self.room.lagging.add(self)
 
     def resume_writing(self) -> None:
+        self.transport.resume_reading()
         room = self.room
         if room is None or self not in room.lagging:
             return
@@ -156,12 +162,12 @@ class Connection(asyncio.Protocol):
         if refused is not None:
             self._reject(refused)
             return
-        target = urlsplit(request.path)
-        auction_id = _auction_id(target.path)
+        path, _, query = request.path.partition("?")  # urlsplit raises on some: "//[" would leave us half connected
+        auction_id = _auction_id(path)
         if auction_id is None:
             self._reject(Problem(ProblemType.RESOURCE_NOT_FOUND, "sockets are at /auctions/{id}/updates"))
             return
-        since = parse_qs(target.query).get("since", [None])[-1]
+        since = parse_qs(query).get("since", [None])[-1]
         room = self.door.hub.known(auction_id)
         if room is not None:
             self._accept(request, room, since)
@@ -169,21 +175,22 @@ class Connection(asyncio.Protocol):
             self.door.spawn(self._load_and_accept(request, auction_id, since))
 
     async def _load_and_accept(self, request: Request, auction_id: str, since: str | None) -> None:
+        room, refused = None, Problem(ProblemType.RESOURCE_NOT_FOUND, f"no auction {auction_id}")
         try:
             room = await self.door.hub.room(auction_id)
         except StoreError:
-            self._reject(
-                Problem(
-                    ProblemType.DEPENDENCY_UNAVAILABLE,
-                    "the auction cannot be read now; try again",
-                    headers={"Retry-After": "1"},
-                )
+            refused = Problem(
+                ProblemType.DEPENDENCY_UNAVAILABLE,
+                "the auction cannot be read now; try again",
+                headers={"Retry-After": "1"},
             )
-            return
+        except CorruptTimerError:
+            log.exception("timer_unreadable", auction_id=auction_id)
+            refused = Problem(ProblemType.INTERNAL_ERROR, "a fault of ours; report it with the correlation id")
         if self.transport.is_closing():
             return
         if room is None:
-            self._reject(Problem(ProblemType.RESOURCE_NOT_FOUND, f"no auction {auction_id}"))
+            self._reject(refused)
         else:
             self._accept(request, room, since)
 
@@ -277,10 +284,14 @@ class Connection(asyncio.Protocol):
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Say why, and see that the socket is gone soon, whether the peer answers or not."""
+        # Who is sent away for good must have read how it ended; everyone else comes back with `since`.
+        last_words = b"".join(self._outbox) if code is CloseCode.AUCTION_OVER else b""
         self._leave()
         if self.ws.state is not State.OPEN:
             self.transport.close()
             return
+        if last_words:
+            self.transport.write(last_words)
         self.door.metrics.disconnect(code)
         self.ws.send_close(code, reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore"))
         self._flush()

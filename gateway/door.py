@@ -46,7 +46,7 @@ class Door:
         self._connections: set[Connection] = set()
         self._per_address: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._farewells: set[str] = set()
+        self._farewells: set[Room] = set()
         hub.on_over = self.on_over
 
     def now_ns(self) -> int:
@@ -97,12 +97,12 @@ class Door:
 
     def on_over(self, room: Room) -> None:
         """An auction is over: everyone in its room has read why, and is let go."""
-        if room.auction_id not in self._farewells:
-            self._farewells.add(room.auction_id)
+        if room not in self._farewells:
+            self._farewells.add(room)
             asyncio.get_running_loop().call_later(OVER_LINGER_S, self._farewell, room)
 
     def _farewell(self, room: Room) -> None:
-        self._farewells.discard(room.auction_id)
+        self._farewells.discard(room)
         if room.is_over:  # a failover may have taken the end back
             for subscriber in (*room.writable, *room.lagging):
                 subscriber.close(CloseCode.AUCTION_OVER, "the auction is over")

@@ -29,6 +29,7 @@ class EventFeed:
         self._clock = clock
         self._shards = shards
         self._heard = clock.monotonic_ns()
+        self._outdated: set[int] = set()
 
     @property
     def is_fresh(self) -> bool:
@@ -70,7 +71,11 @@ class EventFeed:
             if stream_order(last) < stream_order(position):
                 log.warning("event_lane_went_back", shard=shard, was=position, now=last)
                 self._hub.start_at(shard, last)
+                self._outdated.add(shard)
+            # Also when this fails half way: the place has moved already, and would not tell next time.
+            if shard in self._outdated:
                 await self._hub.reload(shard, "failover")
+                self._outdated.discard(shard)
 
 
 class TickFeed:

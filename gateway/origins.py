@@ -25,7 +25,10 @@ class OriginRule:
         """Whether a request with this `Origin` and `Host` may pass. Programs send no origin, and pass."""
         if origin is None or origin.lower() in self._allowed:
             return True
-        parts = urlsplit(origin.lower())
+        try:
+            parts = urlsplit(origin.lower())
+        except ValueError:  # such as "http://["
+            return False
         if not host or parts.netloc != host.lower():
             return False
         return not self._loopback_only or _is_loopback(parts.hostname or "")

@@ -15,7 +15,9 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
+from auction_timer import client
 from auction_timer.client import (
+    FIRST_WITHIN_MS,
     HEARTBEAT_MS,
     OVER_WITHIN_MS,
     SMOOTH_MS,
@@ -182,6 +184,7 @@ class TestServerClock:
         clock.hear(BORN_MS + 100, at(110))
         assert clock.now_ms(at(10_000)) == pytest.approx(BORN_MS + 9_990)
 
+    @pytest.mark.requirement("R9")
     def test_a_machine_that_slept_believes_the_new_evidence_only(self) -> None:
         """Where two exchanges cannot both be true, the older ones are forgotten and the step is taken at once."""
         clock = ServerClock()
@@ -211,6 +214,7 @@ class TestServerClock:
         assert shown is not None
         assert abs(shown - (now + 60_000 + offset_ms)) <= clock.rtt_ms / 2 + 1
 
+    @pytest.mark.requirement("R9")
     @given(st.lists(st.integers(0, int(SMOOTH_MS) - 1), min_size=1, max_size=30), st.integers(1, 700))
     def test_small_corrections_never_turn_the_clock_back(self, ways: list[int], step_ms: int) -> None:
         """While every correction is below 100 ms, the time that is shown only grows, and no more than 5 % too fast."""
@@ -229,6 +233,7 @@ class TestServerClock:
 class TestCountdown:
     """What a session shows."""
 
+    @pytest.mark.requirement("R9")
     def test_it_counts_down_on_the_servers_clock(self) -> None:
         """The remaining time follows from the end and the server's time, rounded up."""
         session = live(at(500))
@@ -269,6 +274,7 @@ class TestCountdown:
         assert session.is_over
         assert session.state is ConnectionState.OVER
 
+    @pytest.mark.requirement("R11")
     @given(st.permutations(range(3, 9)))
     def test_the_newest_version_stands_whatever_the_order(self, versions: list[int]) -> None:
         """Ticks and events of older versions change nothing once a newer one is known."""
@@ -301,6 +307,7 @@ class TestResuming:
         session.receive(tick(2), at(2))
         assert session.cursor == "0.9-0"
 
+    @pytest.mark.requirement("B4")
     def test_a_snapshot_does_not_overtake_what_it_announces(self) -> None:
         """Missed events follow a recovered snapshot with older cursors: a loss in between must not skip them."""
         session = live()
@@ -322,6 +329,7 @@ class TestResuming:
         assert session.cursor == "0.20-0"
         assert (session.reconnects, session.gaps) == (1, 0)
 
+    @pytest.mark.requirement("B4")
     def test_a_gap_is_counted(self) -> None:
         """Where the server could not replay, its snapshot stands and the gap is known."""
         session = live()
@@ -370,6 +378,7 @@ class TestKeepingTime:
         asked = [round(ms) for ms, _ in messages(live(), 40_000)]
         assert asked == [0, 300, 600, 900, 1_200, 16_200, 31_200]
 
+    @pytest.mark.requirement("B5")
     @given(st.lists(st.integers(0, 2_000), max_size=60), st.integers(-5_000, 5_000))
     def test_it_stays_within_what_the_server_allows(self, pauses: list[int], off_ms: int) -> None:
         """However wrong its clock is found to be by whatever frames, it sends at most five messages in any second."""
@@ -382,6 +391,7 @@ class TestKeepingTime:
         for first in sent:
             assert sum(first <= other < first + 1_000 for other in sent) <= 5
 
+    @pytest.mark.requirement("B5")
     def test_it_reports_what_it_measured(self) -> None:
         """From the second exchange on, a message carries drift and round trip."""
         first, second, *_ = [message for _, message in messages(live(), 700)]
@@ -389,6 +399,7 @@ class TestKeepingTime:
         assert second["rtt_ms"] == 10
         assert abs(second["drift_ms"]) <= 5
 
+    @pytest.mark.requirement("R9")
     def test_a_frame_from_the_far_side_of_its_clock_makes_it_ask(self) -> None:
         """A frame more than 500 ms ahead is asked about at once, and not again within the second."""
         session = live()
@@ -399,6 +410,7 @@ class TestKeepingTime:
         assert session.due_message(at(4_100)) is None
         assert session.due_message(at(5_000)) is not None
 
+    @pytest.mark.requirement("R9")
     def test_drift_over_250_ms_warns(self) -> None:
         """The viewer is told while the last measurement found more than 250 ms (requirement R9)."""
         session = live()
@@ -535,6 +547,18 @@ class TestApi:
         ):
             ask(script, timeline, lambda api: api.get_timer(AUCTION), deadline_ms=3_000)
         assert timeline.now_ns / NS == pytest.approx(3_000, abs=2)
+
+    def test_a_url_where_nobody_ever_answered_is_given_up_sooner(self) -> None:
+        """Until the first answer the deadline is 5 s; after one, the whole of it counts from the first attempt."""
+        timeline = Timeline()
+        with pytest.raises(GatewayAwayError):
+            ask(Script(timeline, httpx.ConnectError("refused")), timeline, lambda api: api.post_events([{}]))
+        assert timeline.now_ns / NS == pytest.approx(FIRST_WITHIN_MS, abs=2)
+        timeline = Timeline()
+        answers = httpx.ConnectError("refused"), httpx.Response(503), httpx.ConnectError("refused")
+        with pytest.raises(GatewayAwayError):
+            ask(Script(timeline, *answers), timeline, lambda api: api.post_events([{}]))
+        assert timeline.now_ns / NS == pytest.approx(30_000, abs=2)
 
     def test_a_gateway_that_is_never_ready_is_away_in_its_own_words(self) -> None:
         """The last refusal is the reason that is told."""
@@ -715,6 +739,7 @@ class TestWatching:
         assert gateway.paths == [f"/auctions/{AUCTION}/updates"]
         assert session.is_over
 
+    @pytest.mark.requirement("B4")
     @pytest.mark.parametrize("code", [1001, 1011, 4100, 4101, 4102, 4408, 4429])
     async def test_it_comes_back_with_its_cursor(self, code: int) -> None:
         """Every code that is no verdict leads to a new handshake with `since`."""
@@ -729,6 +754,23 @@ class TestWatching:
         assert types == ["timer.snapshot", "bid.accepted", "timer.snapshot", "timer.ended"]
         assert gateway.paths[1] == f"/auctions/{AUCTION}/updates?since=0.7-0"
         assert session.reconnects == 1
+
+    @pytest.mark.parametrize("reason", ["", "bye", "[]", '{"retry_after_ms":"soon","jitter_ms":1}'])
+    async def test_a_draining_gateway_need_not_explain_itself(self, reason: str) -> None:
+        """Without a readable pause in the reason, our own backoff serves."""
+        gateway = FakeGateway(says(snapshot(), close=1001, reason=reason), says(snapshot(recovered=True), ENDED))
+        assert (await watched(gateway))[-1] == "timer.ended"
+
+    async def test_a_farewell_that_stays_out_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the server does not close after the last event, the client does."""
+        monkeypatch.setattr(client, "OVER_WITHIN_MS", 20)
+
+        async def stays(connection: ServerConnection) -> None:
+            await connection.send(orjson.dumps(snapshot()), text=True)
+            await connection.send(orjson.dumps(ENDED), text=True)
+            await connection.wait_closed()
+
+        assert await watched(FakeGateway(stays)) == ["timer.snapshot", "timer.ended"]
 
     async def test_an_end_that_was_seen_needs_no_farewell(self) -> None:
         """A line that breaks after the last event is not taken up again."""
@@ -781,6 +823,7 @@ class TestWatching:
         assert types == ["timer.snapshot", "timer.snapshot", "timer.ended"]
         assert session.trouble == "the gateway fell silent"
 
+    @pytest.mark.requirement("B5")
     async def test_it_keeps_time_over_the_socket(self) -> None:
         """The exchanges happen while frames are awaited, and give a round trip."""
 

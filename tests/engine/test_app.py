@@ -25,7 +25,7 @@ from engine.domain.instants import EpochMs
 from engine.domain.policy import ExtensionMode, Policy
 from engine.settings import Settings
 from engine.store.link import RedisLink, RedisRefusedError
-from engine.store.protocol import DeploymentMismatchError, Lease
+from engine.store.protocol import DeploymentMismatchError, Group, Lease
 from engine.store.redis import RedisStore
 from tests.contracts.stores import until
 from tests.fakes.events import bid, cancel, poison, start
@@ -559,3 +559,19 @@ def test_a_cancelled_auction_falls_silent() -> None:
 
     play(world, scenario)
     assert world.facts("a")[-1] == "auction_timer_cancelled"
+
+
+def test_what_has_been_closed_for_long_leaves_the_listing() -> None:
+    """After the retention, at one of the looks that come every ten minutes; what closed since stays."""
+    world = World()
+
+    async def scenario() -> None:
+        async with running(world.engine(closed_retention_ms=60_000)):
+            await passes(0.1)
+            await world.append(start("old", at(1), at(20)), start("new", at(1), at(590)))
+            await passes(500)
+            assert world.shard.groups[Group.CLOSED] == {"old": at(20)}
+            await passes(110)
+            assert world.shard.groups[Group.CLOSED] == {"new": at(590)}
+
+    play(world, scenario)

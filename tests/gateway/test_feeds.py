@@ -1,0 +1,264 @@
+"""Tests for gateway.feeds: two loops that no fault of the store ends."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from engine.contract.timers import tick_line
+from engine.domain.instants import EpochMs
+from engine.store.link import RedisRefusedError
+from engine.store.protocol import StoreError, StoreUnavailableError
+from gateway.feeds import BACKOFF_S, BLOCK_MS, READ_MAX, EventFeed, TickFeed
+from tests.fakes.clock import BORN_MS
+from tests.fakes.loop import run
+from tests.gateway.house import AUCTION, House, Listener, record, told
+
+FAULTS = [StoreUnavailableError("away"), RedisRefusedError("NOPERM")]
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator["asyncio.Task[None]"]:
+    """A loop that runs beside the test, and must still run at its end."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def watched(house: House, auction_id: str = AUCTION) -> Listener:
+    """A subscriber in the room of an auction."""
+    room = await house.hub.room(auction_id)
+    assert room is not None
+    listener = Listener()
+    room.writable.add(listener)
+    return listener
+
+
+def commit(house: House, version: int, auction_id: str = AUCTION) -> None:
+    """The engine commits an extension, and whoever blocks on the lane wakes up."""
+    house.announce("timer.extended", record(auction_id, version=version))
+    house.memory._grow()
+
+
+def versions(listener: Listener) -> list[int]:
+    """What a subscriber was told of, by version."""
+    return [frame["timer"]["version"] for frame in told(listener.sent)]
+
+
+@pytest.mark.requirement("B3")
+def test_the_event_feed_delivers_what_is_committed_from_where_it_started() -> None:
+    """Entries from before the start are part of what is loaded; those behind it come once, in order, in any number."""
+    house = House(shards=1)
+
+    async def scenario() -> None:
+        house.put(record(version=1))
+        for version in (2, 3):
+            commit(house, version)
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        assert house.hub.positions == {0: "2-0"}
+        listener = await watched(house)
+        async with running(feed.run()):
+            for version in range(4, 6):
+                commit(house, version)
+                await asyncio.sleep(0.01)
+            for version in range(6, 6 + 2 * READ_MAX):
+                commit(house, version)
+            await asyncio.sleep(0.01)
+        assert versions(listener) == list(range(4, 6 + 2 * READ_MAX))
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("R16")
+def test_a_quiet_lane_is_fresh_as_long_as_the_store_answers() -> None:
+    """An empty answer is an answer: an hour without events leaves nothing stale."""
+    house = House()
+
+    async def scenario() -> None:
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        async with running(feed.run()):
+            for _ in range(100):
+                await asyncio.sleep(BLOCK_MS / 1_000)
+                assert feed.is_fresh
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("R16", "B3")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_the_event_feed_goes_on_where_it_was_after_an_outage(fault: StoreError) -> None:
+    """While the store is away the feed is stale and tries again; then every event of the outage comes, each once."""
+    house = House()
+
+    async def scenario() -> None:
+        house.put(record(version=1))
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        listener = await watched(house)
+        async with running(feed.run()):
+            commit(house, 2)
+            await asyncio.sleep(0.01)
+            house.store.failing["read_updates"] = fault
+            commit(house, 3)
+            await asyncio.sleep(10)
+            assert not feed.is_fresh
+            assert house.store.calls["read_updates"] < 10 / BACKOFF_S + 5, "it must not spin"
+            house.store.failing.clear()
+            commit(house, 4)
+            await asyncio.sleep(2 * BACKOFF_S)
+            assert feed.is_fresh
+        assert versions(listener) == [2, 3, 4]
+        assert house.store.calls["view"] == 1
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("R16", "B4")
+def test_a_lane_that_ends_before_our_place_is_started_over_there() -> None:
+    """A failover that lost entries is noticed after the outage: watchers are told what holds, then what comes."""
+    house = House()
+
+    async def scenario() -> None:
+        house.put(record(version=1))
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        listener = await watched(house)
+        async with running(feed.run()):
+            for version in (2, 3, 4):
+                commit(house, version)
+            await asyncio.sleep(0.01)
+            fail(house)
+            await asyncio.sleep(1)
+            del house.memory.shards[0].updates[1:]
+            house.memory.shards[0].serial = 1
+            house.put(record(version=2))
+            house.store.failing.clear()
+            await asyncio.sleep(2 * BACKOFF_S)
+            assert house.hub.positions == {0: "1-0"}
+            commit(house, 3)
+            await asyncio.sleep(0.01)
+        frames = told(listener.sent)[3:]
+        assert [(frame["type"], frame["timer"]["version"]) for frame in frames] == [
+            ("timer.resynced", 2),
+            ("timer.extended", 3),
+        ]
+        assert frames[0]["cause"] == "failover"
+
+    run(house.line, scenario)
+
+
+def fail(house: House, *calls: str) -> None:
+    """The store is away, for these calls or for all that a feed makes; whoever waits is told."""
+    for name in calls or ("read_updates", "last_update", "view"):
+        house.store.failing[name] = StoreUnavailableError("away")
+    house.memory._grow()
+
+
+@pytest.mark.requirement("R16", "B4")
+def test_a_store_that_goes_away_again_in_the_midst_of_a_reload_is_reloaded_later() -> None:
+    """No room is left with what a failover took back, even when the reading of it fails half way."""
+    house = House()
+
+    async def scenario() -> None:
+        listeners = []
+        for name in ("a-1", "a-2", "a-3"):
+            house.put(record(name, version=1))
+            listeners.append(await watched(house, name))
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        async with running(feed.run()):
+            for name in ("a-1", "a-2", "a-3"):
+                commit(house, 5, name)
+            await asyncio.sleep(0.01)
+            fail(house)
+            await asyncio.sleep(1)
+            house.memory.shards[0].updates.clear()
+            for name in ("a-1", "a-2", "a-3"):
+                house.put(record(name, version=3))
+            del house.store.failing["last_update"], house.store.failing["read_updates"]
+            await asyncio.sleep(1)
+            assert not any(frame["type"] == "timer.resynced" for each in listeners for frame in told(each.sent))
+            house.store.failing.clear()
+            await asyncio.sleep(1)
+        for listener in listeners:
+            assert [(frame["type"], frame["timer"]["version"]) for frame in told(listener.sent)][1:] == [
+                ("timer.resynced", 3)
+            ]
+
+    run(house.line, scenario)
+
+
+def test_a_start_without_a_store_says_so() -> None:
+    """The places cannot be guessed: the composition root waits and asks again."""
+    house = House()
+    house.store.failing["last_update"] = StoreUnavailableError("away")
+    feed = EventFeed(house.store, house.hub, house.machine, 1)
+    with pytest.raises(StoreUnavailableError):
+        asyncio.run(feed.start())
+
+
+def test_a_fault_of_ours_ends_the_feed() -> None:
+    """What no store can be blamed for is not swallowed: the process ends and its supervisor starts a fresh one."""
+    house = House()
+    house.store.failing["read_updates"] = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        run(house.line, EventFeed(house.store, house.hub, house.machine, 1).run)
+
+
+class BrokenChannel:
+    """A tick lane that breaks after each message, as a connection to a restarting server does."""
+
+    def __init__(self, inner: Any, fault: StoreError) -> None:
+        self.inner = inner
+        self.fault = fault
+        self.subscribed = 0
+
+    async def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """See `ViewStore`."""
+        self.subscribed += 1
+        async for message in self.inner.ticks(shards):
+            yield message
+            raise self.fault
+
+
+@pytest.mark.requirement("R16")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_the_tick_feed_subscribes_again_after_every_fault(fault: StoreError) -> None:
+    """Ticks of an outage are lost, which is their nature; those behind it come."""
+    house = House()
+
+    async def scenario() -> None:
+        house.put(record(version=1))
+        listener = await watched(house)
+        channel = BrokenChannel(house.memory, fault)
+        async with running(TickFeed(channel, house.hub, 1).run()):  # type: ignore[arg-type]
+            for number in range(1, 4):
+                await asyncio.sleep(0.01)
+                line = tick_line(record(version=1), EpochMs(BORN_MS + number))
+                await house.memory.publish({0: line, 1: line})
+                await asyncio.sleep(BACKOFF_S)
+                assert (len(listener.sent), channel.subscribed) == (number, number)
+                await asyncio.sleep(BACKOFF_S)
+        assert [frame["server_time"] - BORN_MS for frame in told(listener.sent)] == [1, 2, 3]
+
+    run(house.line, scenario)
+
+
+def test_a_fault_of_ours_ends_the_tick_feed() -> None:
+    """As with the event feed."""
+    house = House()
+
+    class Wrong:
+        async def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+            raise ZeroDivisionError
+            yield
+
+    with pytest.raises(ZeroDivisionError):
+        run(house.line, TickFeed(Wrong(), house.hub, 1).run)  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+"""Tests for gateway.origins."""
+
+import pytest
+
+from gateway.origins import OriginRule
+
+OWN = "127.0.0.1:8080"
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "admitted"),
+    [
+        (None, OWN, True),
+        (None, None, True),
+        ("http://127.0.0.1:8080", OWN, True),
+        ("HTTP://127.0.0.1:8080", OWN, True),
+        ("http://localhost:8080", "localhost:8080", True),
+        ("http://LocalHost:8080", "localhost:8080", True),
+        ("http://127.8.9.10", "127.8.9.10", True),
+        ("http://[::1]:8080", "[::1]:8080", True),
+        ("http://127.0.0.1:8081", OWN, False),
+        ("http://localhost:8080", OWN, False),
+        ("http://evil.example", OWN, False),
+        ("http://evil.example", "evil.example", False),  # DNS rebinding: a name of theirs for our address
+        ("http://192.0.2.1:8080", "192.0.2.1:8080", False),
+        ("http://127.0.0.1:8080", None, False),
+        ("http://127.0.0.1:8080", "", False),
+        ("null", OWN, False),
+        ("null", "null", False),
+        ("", "", False),
+        ("", OWN, False),
+        ("http://[", "[", False),
+        ("http://[::1", "[::1", False),
+        ("http://[nonsense]", "[nonsense]", False),
+        ("http://127.0.0.1:8080@evil.example", "evil.example", False),
+    ],
+)
+def test_on_loopback_only_its_own_pages_may(origin: str | None, host: str | None, admitted: bool) -> None:
+    """Programs send no origin and pass; a page passes only under a loopback name that is the one it was asked by."""
+    assert OriginRule([], loopback_only=True).admits(origin, host) is admitted
+
+
+@pytest.mark.parametrize(
+    ("origin", "admitted"),
+    [
+        ("https://bids.example", True),
+        ("https://BIDS.example", True),
+        ("http://bids.example", False),
+        ("https://bids.example:444", False),
+        ("https://evil.bids.example", False),
+        ("https://bids.example.evil", False),
+        ("http://127.0.0.1:8080", True),
+        ("https://[", False),
+    ],
+)
+def test_named_origins_may_besides(origin: str, admitted: bool) -> None:
+    """An allowed origin is scheme, name and port together; a slash at its end does not matter."""
+    assert OriginRule(["https://Bids.example/"], loopback_only=True).admits(origin, OWN) is admitted
+
+
+def test_behind_a_proxy_the_own_name_is_any_name() -> None:
+    """A gateway that is not bound to loopback is reached by the name the proxy passes on."""
+    rule = OriginRule([], loopback_only=False)
+    assert rule.admits("https://bids.example", "bids.example")
+    assert not rule.admits("https://evil.example", "bids.example")
