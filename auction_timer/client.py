@@ -873,7 +873,7 @@ def _on_closed(closed: ConnectionClosed, session: TimerSession) -> _Lost | None:
     if code == CLOSE_TOKEN_EXPIRED:
         raise SocketClosedError(code, reason, "renew the token and watch again")
     drained = code in (CloseCode.GOING_AWAY, CLOSE_DRAINING)
-    return _Lost(f"closed with {code}: {reason}", _come_back_ms(reason) if drained else None)
+    return _Lost(f"closed with {code}: {reason or 'the connection broke'}", _come_back_ms(reason) if drained else None)
 
 
 def _come_back_ms(reason: str) -> float | None:

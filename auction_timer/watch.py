@@ -265,7 +265,8 @@ def line_text(session: TimerSession) -> str:
     if session.state in (ConnectionState.CONNECTING, ConnectionState.RECONNECTING) and session.trouble:
         parts.append(f"({session.trouble})")
     if session.reconnects:
-        parts.append(f"after {session.reconnects} reconnects" + (", events are missing" if session.gaps else ""))
+        times = "once" if session.reconnects == 1 else f"{session.reconnects} times"
+        parts.append(f"(came back {times}" + (", events are missing)" if session.gaps else ")"))
     return " ".join(parts)
 
 

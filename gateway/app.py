@@ -186,9 +186,10 @@ async def _http_problem(request: Request, error: Exception) -> Response:
 async def _failure(request: Request, _error: Exception) -> Response:
     correlation_id = request.state.correlation_id
     log.error("request_failed", path=request.url.path, correlation_id=correlation_id)
-    return problem_response(
-        Problem(ProblemType.INTERNAL_ERROR, "a fault of ours; report it with the correlation id"), correlation_id
-    )
+    # Starlette answers this one outside of `Correlate`, so the header is ours to add.
+    headers = {"X-Correlation-Id": correlation_id}
+    problem = Problem(ProblemType.INTERNAL_ERROR, "a fault of ours; report it with the correlation id", headers=headers)
+    return problem_response(problem, correlation_id)
 
 
 class _Server(uvicorn.Server):

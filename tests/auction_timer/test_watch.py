@@ -194,7 +194,7 @@ class TestView:
         assert line_text(session) == "reconnecting (gone)"
         session.connected(AT)
         session.receive(snapshot() | {"recovered": False}, AT)
-        assert line_text(session) == "live after 1 reconnects, events are missing"
+        assert line_text(session) == "live (came back once, events are missing)"
 
     @pytest.mark.parametrize(
         ("frame", "text"),

@@ -30,7 +30,7 @@ from engine.store.redis import RedisStore
 from tests.contracts.stores import until
 from tests.fakes.events import bid, cancel, poison, start
 from tests.fakes.loop import run
-from tests.fakes.store import FaultyStore
+from tests.fakes.store import Fault, FaultyStore
 from tests.fakes.world import QUICK, World, at, passes
 from tests.servers import Server
 
@@ -174,6 +174,27 @@ def test_events_are_applied_in_their_order_across_reads_and_batches(monkeypatch:
     applied = [record["event_id"] for record in world.shard.audit if record["event_type"] == "bid_accepted"]
     assert applied == [f"bid-{bid_id}" for bid_id in bids]
     assert world.shard.intake_cursor == world.shard.events[-1].stream_id
+
+
+@pytest.mark.requirement("R10")
+def test_a_read_that_was_overtaken_by_a_reload_is_dropped() -> None:
+    """A commit is lost and the shard loaded again while a read is on its way: what it brings lies behind a gap."""
+    world = World()
+
+    async def scenario() -> None:
+        store = FaultyStore(world.store, [Fault.BEFORE])
+        store.answer_takes_s = {"read_intake": 0.3, "commit": 0.5}
+        async with running(world.engine(store=store)):
+            await passes(0.1)
+            await world.append(start("a", at(60), at(600)))  # read by 0.4, its commit lost by 0.9
+            await passes(0.6)
+            await world.append(bid("a", "b-1"))  # read by 1.0, behind the entry that is to be read again
+            await passes(10)
+
+    with capture_logs():
+        play(world, scenario)
+    assert world.facts("a") == ["auction_timer_registered", "bid_accepted"]
+    assert world.parked() == {}
 
 
 @pytest.mark.requirement("R29")

@@ -1,5 +1,6 @@
 """Tests for engine.journal: what is written for a decision, spelled as the operations of one batch. No store, no clock."""
 
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -148,6 +149,20 @@ def test_time_closes_in_one_go() -> None:
     assert [record.fields["occurred_at"] for record in records] == [str(T0), str(after_t0(45 * MINUTE_MS)), str(END)]
     assert {record.fields["recorded_at"] for record in records} == {str(NOW)}
     assert {(record.fields["event_id"], record.fields["intake_id"]) for record in records} == {("", "")}
+
+
+def test_the_guard_is_the_latest_instant_of_all_auctions() -> None:
+    """Whatever the order in which they are written: none of them may be early."""
+    running, _ = known(Status.ACTIVE)
+    registered = replace(running.registered, auction_id="other", ends_at=after_t0(50 * MINUTE_MS))
+    other = replace(running, auction_id="other", registration=registered, ends_at=registered.ends_at)
+    for order in (["lot-7", "other"], ["other", "lot-7"]):
+        drafted = Drafted(running, other)
+        for auction_id in order:
+            drafted.journal.elapse(auction_id, NOW)
+        drafted.operations()
+        assert drafted.batch.due_at == END
+        assert drafted.batch.versions == {"lot-7": running.version, "other": other.version}
 
 
 def test_a_close_forgets_the_offer() -> None:

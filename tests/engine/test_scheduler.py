@@ -350,6 +350,22 @@ def test_an_auction_that_is_over_does_not_tick() -> None:
         assert [when for when, _ in rig.ticks(name)] == [at(1), at(2), at(3), at(4)]
 
 
+def test_a_scheduler_that_stalled_over_a_deadline_does_not_tick_for_it() -> None:
+    """The ticks it missed were before the end; after it only the close is news."""
+    rig = Rig()
+    rig.hold(auction("a", Status.CLOSING, 5))
+    rig.hold(auction("b", Status.CLOSING, 50))
+
+    async def stall() -> None:
+        await passes(3.5)
+        rig.line.advance(2_000)
+
+    rig.play(3, stall)
+    assert [when for when, _ in rig.ticks("a")] == [at(1), at(2), at(3)]
+    assert [when for when, _ in rig.ticks("b")] == [at(1), at(2), at(3), at(5.5), at(6), at(7), at(8)]
+    assert [auction_id for _, auction_id in rig.fell_due()] == ["a"]
+
+
 def test_ticks_of_a_shard_travel_together() -> None:
     """One message per shard and pass, a line for each auction."""
     rig = Rig(shards=2)

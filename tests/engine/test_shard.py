@@ -187,8 +187,9 @@ async def test_the_deadline_wins_a_tie(world: World, worker: Worker) -> None:
 @pytest.mark.requirement("B2")
 @pytest.mark.parametrize("batch_max", [1, 2, 3])
 async def test_a_backlog_is_folded_in_its_order_whatever_the_batches(world: World, batch_max: int) -> None:
-    """Time may not overtake what waits: each batch goes only as far as the last entry it takes."""
-    worker = await Worker(world, batch_max=batch_max).begin()
+    """Time may not overtake what waits: each batch goes only as far as the last entry it takes, and is never refused."""
+    store = FaultyStore(world.store)
+    worker = await Worker(world, store=store, batch_max=batch_max).begin()
     await world.append(quick("a"), quick("b", ends=320))
     await worker.live_until(at(240))
     for second, auction_id in [(260, "a"), (300, "b"), (315, "a"), (350, "b"), (374, "a")]:
@@ -198,6 +199,7 @@ async def test_a_backlog_is_folded_in_its_order_whatever_the_batches(world: Worl
     await worker.work()
     assert await ended_at(world, "a") == at(374 + 60)
     assert await ended_at(world, "b") == at(350 + 60)
+    assert all(isinstance(answer, Committed) for _, answer in store.commits)
 
 
 @pytest.mark.requirement("B2")

@@ -23,7 +23,8 @@ class FaultyStore:
     `plan` says what becomes of each commit, in order; when it is used up all is well. `away` makes every call fail,
     after `patience_s`: on virtual time a caller that tries again at once would try for ever.
     `before_commit` is called with each batch before the store sees it. `time_ahead_ms` falsifies `time_us`, so that an
-    engine which asks it keeps a clock that is ahead of the authority.
+    engine which asks it keeps a clock that is ahead of the authority. `answer_takes_s` says how long the answers of a
+    method are on their way, after the call has taken effect.
     """
 
     def __init__(self, inner: MemoryStore, plan: Iterable[Fault] = ()) -> None:
@@ -31,6 +32,7 @@ class FaultyStore:
         self.away = False
         self.time_ahead_ms = 0
         self.patience_s = 0.0
+        self.answer_takes_s: dict[str, float] = {}
         self.commits: list[tuple[Batch, CommitResult | None]] = []
         self.before_commit: Callable[[Batch], None] = lambda _batch: None
         self._plan = iter(plan)
@@ -41,9 +43,11 @@ class FaultyStore:
         self.before_commit(batch)
         fault = next(self._plan, Fault.NONE)
         if fault is Fault.BEFORE:
+            await asyncio.sleep(self.answer_takes_s.get("commit", 0))
             self.commits.append((batch, None))
             raise StoreUnavailableError("lost on the way there")
         answer = await self.inner.commit(batch)
+        await asyncio.sleep(self.answer_takes_s.get("commit", 0))
         self.commits.append((batch, answer))
         if fault is Fault.AFTER:
             raise StoreUnavailableError("lost on the way back")
@@ -67,6 +71,9 @@ class FaultyStore:
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             await self._reach()
-            return await method(*args, **kwargs)
+            answer = await method(*args, **kwargs)
+            if takes_s := self.answer_takes_s.get(name, 0):
+                await asyncio.sleep(takes_s)
+            return answer
 
         return call

@@ -1,10 +1,10 @@
-"""The inside of a gateway for tests: a hub and its door on the memory store, with auctions and an event lane written by hand."""
+"""The inside of a gateway for tests: a hub and its door on the memory store, its contents written by hand."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import asyncio
 import orjson
 from prometheus_client import CollectorRegistry
 

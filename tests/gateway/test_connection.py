@@ -189,7 +189,7 @@ def _as(**changes: str) -> Callable[[Request], None]:
 async def test_a_malformed_handshake_is_answered_and_closed(
     edit: Callable[[Request], None], status: int, known: bool
 ) -> None:
-    """What RFC 6455 does not allow gets its status, no room and no lasting connection, whether the auction is known or not."""
+    """What RFC 6455 does not allow gets its status, no room and no lasting connection, known auction or not."""
     house = House()
     house.put(record())
     if known:

@@ -159,7 +159,10 @@ async def test_a_place_of_another_filter_starts_at_the_beginning() -> None:
     assert [each.auction.auction_id for each in found] == ["live"]
 
 
-@pytest.mark.parametrize("place", [Place(Group.LIVE, None), Place(Group.CLOSED, Placed(-5, "a:b")), Place(Group.PAUSED, Placed(2**53, "x" * 128))])
+@pytest.mark.parametrize(
+    "place",
+    [Place(Group.LIVE, None), Place(Group.CLOSED, Placed(-5, "a:b")), Place(Group.PAUSED, Placed(2**53, "x" * 128))],
+)
 def test_a_cursor_comes_back_as_it_was(place: Place) -> None:
     """Encoding is lossless and fits into a URL as it is."""
     text = place.encode()
