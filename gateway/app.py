@@ -96,7 +96,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     metrics = GatewayMetrics(registry)
     auction_clock = AuctionClock(clock)
     hub = Hub(store, auction_clock, settings.shards, metrics)
-    feed = EventFeed(store, hub, clock, settings.shards)
+    feed = EventFeed(store, hub, clock, settings.shards, updates_max=settings.updates_max)
     hub.stale = lambda: not feed.is_fresh
     door = Door(hub, settings, clock, metrics)
     readiness = Readiness(auction_clock, hub, feed, settings.shards)

@@ -6,13 +6,15 @@ from typing import Final
 import structlog
 
 from engine.clock import Clock
-from engine.contract.cursors import stream_order
+from engine.contract.cursors import START, stream_order
 from engine.store.link import RedisRefusedError
 from engine.store.protocol import StoreUnavailableError, ViewStore
 from gateway.hub import Hub
 
 READ_MAX: Final = 500
 BLOCK_MS: Final = 1_000
+RECENT_MAX: Final = 4_000
+"""Events per shard that are read back at the start. More lets clients stay away for longer, fewer starts faster."""
 SILENCE_MAX_MS: Final = 3_000
 """A feed that has not heard from Redis for this long is lost: what it feeds is marked stale."""
 BACKOFF_S: Final = 0.2
@@ -23,11 +25,13 @@ log = structlog.get_logger()
 class EventFeed:
     """Follows the event lane of every shard with a cursor."""
 
-    def __init__(self, store: ViewStore, hub: Hub, clock: Clock, shards: int) -> None:
+    def __init__(self, store: ViewStore, hub: Hub, clock: Clock, shards: int, *, updates_max: int = RECENT_MAX) -> None:
         self._store = store
         self._hub = hub
         self._clock = clock
         self._shards = shards
+        # A lane that was trimmed holds at least `updates_max` entries, so fewer than asked for means that none is missing.
+        self._recent_max = min(RECENT_MAX, updates_max)
         self._heard = clock.monotonic_ns()
         self._outdated: set[int] = set()
 
@@ -37,13 +41,16 @@ class EventFeed:
         return self._clock.monotonic_ns() - self._heard < SILENCE_MAX_MS * 1_000_000
 
     async def start(self) -> None:
-        """Take the places from which the lane will be followed.
+        """Take the places from which the lane will be followed, a little back: whoever was connected to the gateway that
+        ran here before comes now with a cursor from there.
 
         Raises:
             StoreUnavailableError: Redis does not answer.
         """
         for shard in range(self._shards):
-            self._hub.start_at(shard, await self._store.last_update(shard))
+            recent = await self._store.recent_updates(shard, self._recent_max)
+            self._hub.start_at(shard, START if len(recent) < self._recent_max else recent[0].stream_id)
+            self._hub.on_updates(shard, recent)
         self._heard = self._clock.monotonic_ns()
 
     async def run(self) -> None:

@@ -271,6 +271,9 @@ class MemoryStore:
         updates = self.shards[shard].updates
         return updates[-1].stream_id if updates else START
 
+    async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
+        return self.shards[shard].updates[-count:]
+
     async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
         def behind() -> dict[int, list[UpdateEntry]]:
             found = {shard: _behind(self.shards[shard].updates, since, count) for shard, since in after.items()}

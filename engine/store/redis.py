@@ -65,7 +65,8 @@ class RedisStore:
         self._names: dict[int, ShardKeys] = {}
         # Streams are read as they come: redis-py's own parsing makes a dict per entry, which costs a third of the intake.
         for client in (link.commands, link.blocking):
-            client.set_response_callback("XREAD", _as_it_comes)  # type: ignore[arg-type]
+            for command in ("XREAD", "XREVRANGE"):
+                client.set_response_callback(command, _as_it_comes)  # type: ignore[arg-type]
 
     def _keys(self, shard: int) -> ShardKeys:
         names = self._names.get(shard)
@@ -316,8 +317,12 @@ class RedisStore:
         return found[:count]
 
     async def last_update(self, shard: int) -> str:
-        answer = await self._read("XREVRANGE", self._keys(shard).updates, "+", "-", "COUNT", 1)
-        return _bytes(answer[0][0]).decode() if answer else START
+        last = await self.recent_updates(shard, 1)
+        return last[0].stream_id if last else START
+
+    async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
+        answer = await self._read("XREVRANGE", self._keys(shard).updates, "+", "-", "COUNT", count)
+        return [_update(stream_id, values) for stream_id, values in reversed(answer)]
 
     async def lease(self, shard: int) -> Lease:
         """The lease of a shard, as it stands."""

@@ -15,7 +15,7 @@ async def eventually(condition: Callable[[], object], *, within_s: float = DEADL
     """Poll `condition` until it is true; fail after the deadline, showing the condition's source position."""
     try:
         async with asyncio.timeout(within_s):
-            while not condition():  # noqa: ASYNC110 - the condition is about other processes
+            while not condition():
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         code = condition.__code__

@@ -457,6 +457,9 @@ async def test_updates_are_read_in_order_from_a_place(bench: Bench) -> None:
     rest = await bench.store.read_updates({0: found[0][-1].stream_id}, 10, 0)
     assert [entry.auction_id for entry in rest[0]] == ["a-3", "a-4"]
     assert rest[0][-1].stream_id == await bench.store.last_update(0)
+    assert await bench.store.recent_updates(0, 2) == rest[0]
+    assert [entry.version for entry in await bench.store.recent_updates(0, 100)] == [0, 1, 2, 3, 4]
+    assert await bench.store.recent_updates(2, 5) == []
 
 
 async def test_a_waiting_reader_of_updates_is_woken(bench: Bench) -> None:

@@ -85,7 +85,7 @@ async def test_a_start_waits_for_its_store() -> None:
     made = Front()
     made.put(record(version=1))
     made.announce("timer.extended", record(version=2))
-    made.store.failing["last_update"] = StoreUnavailableError("away")
+    made.store.failing["recent_updates"] = StoreUnavailableError("away")
     given_up = 0
 
     class Thrice(dict[str, Exception]):

@@ -198,7 +198,7 @@ def test_a_store_that_goes_away_again_in_the_midst_of_a_reload_is_reloaded_later
 def test_a_start_without_a_store_says_so() -> None:
     """The places cannot be guessed: the composition root waits and asks again."""
     house = House()
-    house.store.failing["last_update"] = StoreUnavailableError("away")
+    house.store.failing["recent_updates"] = StoreUnavailableError("away")
     feed = EventFeed(house.store, house.hub, house.machine, 1)
     with pytest.raises(StoreUnavailableError):
         asyncio.run(feed.start())

@@ -1,5 +1,6 @@
 """`serve` as a process: starts, says so, survives what happens to its parts, and leaves nothing behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from websockets.sync.client import connect
 
-from tests.integration.events import event, fresh_id, started
+from tests.integration.events import bid, event, fresh_id, started
 from tests.live import DEADLINE_S, SCRIPT, LiveStack, alive, children_of, until
 
 pytestmark = pytest.mark.integration
@@ -132,6 +134,36 @@ def _posted(stack: LiveStack, payload: dict[str, object]) -> bool:
         return stack.http.post("/events", json=payload).status_code == 202
     except httpx.HTTPError:
         return False
+
+
+@pytest.mark.requirement("B4")
+def test_who_watched_a_gateway_that_was_killed_gets_what_was_missed(stack: LiveStack) -> None:
+    """The next gateway knows the events from before its own start: a client comes back with `since` and misses nothing."""
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + LONG_MS))
+    stack.until_status(auction_id, "ACTIVE")
+    socket_url = stack.url.replace("http", "ws", 1) + f"/auctions/{auction_id}/updates"
+    with connect(socket_url, compression=None) as socket:
+        cursor = json.loads(socket.recv(timeout=10))["cursor"]
+        stack.post(bid(auction_id, bid_id="b-1"))
+        killed = stack.kill("gateway")
+    until(lambda: [pid for pid in stack.pids("gateway") if pid != killed], "another gateway runs")
+    until(lambda: _posted(stack, bid(auction_id, bid_id="b-2")), "events are taken again")
+    until(lambda: _seen(stack, auction_id) >= 2, "both bids are announced")
+    with connect(f"{socket_url}?since={cursor}", compression=None) as socket:
+        snapshot = json.loads(socket.recv(timeout=10))
+        bids: list[str] = []
+        while len(bids) < 2:
+            frame = json.loads(socket.recv(timeout=10))
+            bids += [frame["bid_id"]] if frame["type"] == "bid.accepted" else []
+    assert snapshot["recovered"] is True
+    assert bids == ["b-1", "b-2"]
+
+
+def _seen(stack: LiveStack, auction_id: str) -> int:
+    """Bids of an auction on the event lane, as Redis holds it."""
+    lanes = [stack.redis("XRANGE", f"auction:updates:{{{shard}}}", "-", "+") for shard in range(8)]
+    return sum(repr(row).count(auction_id) > 0 and "bid.accepted" in repr(row) for lane in lanes for row in lane)
 
 
 @pytest.mark.requirement("R16")
