@@ -209,10 +209,21 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
         redis=without_secrets(settings.redis_url),
     )
     try:
-        await _until(stop, engine.run())
+        await _until(stop, _checked(store, engine))
     finally:
         await link.close()
     log.info("engine_stopped")
+
+
+async def _checked(store: RedisStore, engine: Engine) -> None:
+    """Say what is wrong with the server's own configuration, then run."""
+
+    async def complain() -> None:
+        for complaint in await store.complaints():
+            log.warning("store_misconfigured", complaint=complaint)
+
+    await _patiently(complain)
+    await engine.run()
 
 
 async def _until(stop: asyncio.Event, work: Awaitable[None]) -> None:

@@ -6,12 +6,22 @@ installed in memory before the store has said so.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
 
 from engine.contract import audit, frames
-from engine.contract.intake import BODY_BYTES_MAX, SCHEDULER, Actor, Context, IntakeEvent, SchemaError, decode
+from engine.contract.intake import (
+    BODY_BYTES_MAX,
+    SCHEDULER,
+    Actor,
+    Context,
+    EventType,
+    IntakeEvent,
+    SchemaError,
+    decode,
+)
 from engine.contract.timers import CorruptTimerError, TimerRecord, moving_fields, timer, to_fields
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision, Fact
@@ -144,7 +154,17 @@ class Journal:
         assert event.offer_id is not None
         assert isinstance(event.event, Cancel)
         if event.offer_id not in self._offers:
-            value = CANCELLED_BEFORE_START + orjson.dumps({"reason": event.event.reason, "at": entry.at}).decode()
+            context = event.context
+            kept = {
+                "reason": event.event.reason,
+                "at": entry.at,
+                "event_id": context.event_id,
+                "trace_id": context.trace_id,
+                "correlation_id": context.correlation_id,
+                "actor_type": context.actor.type,
+                "actor_id": context.actor.id,
+            }
+            value = CANCELLED_BEFORE_START + orjson.dumps(kept).decode()
             self._offers[event.offer_id] = value
             self._batch.operations.append(BindOffer(event.offer_id, value, forget=True))
 
@@ -154,9 +174,18 @@ class Journal:
         auction = self._record(auction_id).auction
         if not bound.startswith(CANCELLED_BEFORE_START) or auction.status is not Status.UNREGISTERED:
             return
-        cancelled = orjson.loads(bound.removeprefix(CANCELLED_BEFORE_START))
-        for decision in fold(auction, Cancel(cancelled["reason"]), EpochMs(cancelled["at"])):
-            self._write(decision, context, entry.stream_id)
+        kept = orjson.loads(bound.removeprefix(CANCELLED_BEFORE_START))
+        # Recorded in the name of the one who cancelled, not of the start that brought it to light.
+        canceller = replace(
+            context,
+            event_id=kept["event_id"],
+            event_type=EventType.OFFER_CANCELLED,
+            trace_id=kept["trace_id"],
+            correlation_id=kept["correlation_id"],
+            actor=Actor(kept["actor_type"], kept["actor_id"]),
+        )
+        for decision in fold(auction, Cancel(kept["reason"]), EpochMs(kept["at"])):
+            self._write(decision, canceller, entry.stream_id)
 
     def _bind_offer(self, event: Register, auction_id: str) -> None:
         offer_id = event.registration.offer.offer_id

@@ -61,6 +61,8 @@ class LeaseKeeper:
                         await self._try(shard)
             except StoreUnavailableError as error:
                 log.warning("lease_round_failed", error=str(error))
+                # Nobody could beat while the store was away: whoever holds a shard gets a whole lease to show that it lives.
+                self._watched.clear()
             if gained := sorted(set(self.epochs) - held):
                 log.info("shards_claimed", shards=gained, of=self._shard_count)
             await asyncio.sleep(self._heartbeat_s)

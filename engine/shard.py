@@ -96,6 +96,10 @@ class Shard:
         self.closed.clear()
         self.head = await self.store.head(self.number)
         self.read_to = self.head.intake
+        # The checkpoints of whoever had the shard before are gone with it; what it kept for people is given up instead.
+        self._checkpoints.clear()
+        if await self.store.intake_length(self.number) > 2 * (self.intake_retained + CHECKPOINT_EVERY):
+            await self.store.trim_intake(self.number, self.head.intake)
         live: dict[str, TimerRecord] = {}
         async for page in self.store.live(self.number):
             records = []

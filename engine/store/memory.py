@@ -238,6 +238,9 @@ class MemoryStore:
     async def parked(self, shard: int) -> int:
         return len(self.shards[shard].troubleshooting)
 
+    async def intake_length(self, shard: int) -> int:
+        return len(self.shards[shard].events)
+
     async def trim_intake(self, shard: int, before: str) -> None:
         memory = self.shards[shard]
         memory.events = [entry for entry in memory.events if stream_order(entry.stream_id) >= stream_order(before)]

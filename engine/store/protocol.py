@@ -335,6 +335,10 @@ class ShardStore(Protocol):
         """How many commands of the shard are in troubleshooting."""
         ...
 
+    async def intake_length(self, shard: int) -> int:
+        """How many entries the intake of the shard holds, applied or not."""
+        ...
+
     async def trim_intake(self, shard: int, before: str) -> None:
         """Forget intake entries before stream id `before`, which the caller has committed long ago."""
         ...

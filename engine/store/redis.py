@@ -13,7 +13,7 @@ from engine.contract.keys import ShardKeys
 from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
 from engine.domain.instants import EpochMs
 from engine.store.limits import StoreLimits
-from engine.store.link import BLOCK_MS_MAX, RedisLink, heeding_cancellation
+from engine.store.link import BLOCK_MS_MAX, RedisLink, RedisRefusedError, heeding_cancellation
 from engine.store.protocol import (
     Announce,
     Appended,
@@ -125,7 +125,7 @@ class RedisStore:
                 name.decode(): value.decode()
                 for name, value in (await self._pairs("CONFIG", "GET", "maxmemory-policy", "appendonly")).items()
             }
-        except RedisError:
+        except RedisRefusedError:
             return ["CONFIG GET is not allowed here: check by hand that maxmemory-policy is noeviction and AOF is on"]
         if config.get("maxmemory-policy", "noeviction") != "noeviction":
             found.append(
@@ -136,7 +136,7 @@ class RedisStore:
         return found
 
     async def _pairs(self, *command: str) -> dict[bytes, bytes]:
-        answer = await self.link.commands.execute_command(*command)
+        answer = await self._read(*command)
         if isinstance(answer, dict):
             return {_bytes(name): _bytes(value) for name, value in answer.items()}
         return dict(zip(answer[::2], answer[1::2], strict=True))
@@ -271,6 +271,9 @@ class RedisStore:
 
     async def parked(self, shard: int) -> int:
         return int(await self._read("HLEN", self._keys(shard).troubleshooting))
+
+    async def intake_length(self, shard: int) -> int:
+        return int(await self._read("XLEN", self._keys(shard).events))
 
     async def trim_intake(self, shard: int, before: str) -> None:
         await self._read("XTRIM", self._keys(shard).events, "MINID", "~", before)

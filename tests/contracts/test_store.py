@@ -462,6 +462,18 @@ async def test_updates_are_read_in_order_from_a_place(bench: Bench) -> None:
     assert await bench.store.recent_updates(2, 5) == []
 
 
+async def test_the_recent_updates_are_the_last_ones_in_order(bench: Bench) -> None:
+    """The last `count` entries of the event lane, oldest first; all of them where there are fewer."""
+    assert await bench.store.recent_updates(0, 3) == []
+    await commit(bench, *[Announce("timer.extended", f"a-{n}", n, b"{}") for n in range(5)])
+    recent = await bench.store.recent_updates(0, 3)
+    assert [entry.auction_id for entry in recent] == ["a-2", "a-3", "a-4"]
+    everything = (await bench.store.read_updates({0: START}, 10, 0))[0]
+    assert await bench.store.recent_updates(0, 100) == everything
+    assert recent == everything[-3:]
+    assert await bench.store.recent_updates(1, 3) == []
+
+
 async def test_a_waiting_reader_of_updates_is_woken(bench: Bench) -> None:
     """A commit that announces something ends the wait of a reader of that shard; without one it ends by itself."""
     reading = asyncio.create_task(bench.store.read_updates({0: START}, 10, 1_000))

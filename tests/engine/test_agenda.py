@@ -1,6 +1,6 @@
 """Tests for engine.agenda, against a dictionary that is searched from end to end."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -60,8 +60,10 @@ class RebuildingMachine(AgendaMachine):
 
 
 TestAgenda = AgendaMachine.TestCase
+TestAgenda.settings = settings(max_examples=50)
 TestAgenda.__doc__ = "The agenda behaves as the naive model of it, whatever happens to it."
 TestRebuilding = RebuildingMachine.TestCase
+TestRebuilding.settings = settings(max_examples=50)
 TestRebuilding.__doc__ = "And so it does when it is rebuilt at every opportunity."
 
 

@@ -253,7 +253,7 @@ def check_never_early(made: Disturbed) -> None:
 @pytest.mark.requirement("B1")
 @pytest.mark.requirement("B2")
 @pytest.mark.requirement("B7")
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(log=logs, plan=faults, batch_max=st.integers(1, 4), ahead_ms=st.sampled_from([0, 0, 3, 250]))
 @example(
     log=[
@@ -287,7 +287,7 @@ def test_an_interrupted_shard_has_the_history_of_one_that_never_was(
 
 
 @pytest.mark.requirement("R10")
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(log=logs, turns=st.lists(st.integers(0, 1), min_size=10, max_size=40))
 def test_two_engines_that_both_believe_they_own_a_shard_write_one_history(log: list[Step], turns: list[int]) -> None:
     """They take turns as they please; each commit is fenced or counts, and together they write what one would have."""

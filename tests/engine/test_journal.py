@@ -237,7 +237,25 @@ def test_an_offer_cancelled_before_anyone_knew_it_is_remembered() -> None:
     drafted = Drafted().apply(cancel_offer("o-1", reason="first"), T0).apply(cancel_offer("o-1", event_id="2"), T0 + 1)
     (bound,) = drafted.operations()
     assert (bound.offer_id, bound.forget) == ("o-1", True)
-    assert orjson.loads(bound.value.removeprefix("cancelled ")) == {"reason": "first", "at": T0}
+    kept = orjson.loads(bound.value.removeprefix("cancelled "))
+    assert (kept["reason"], kept["at"]) == ("first", T0)
+
+
+@pytest.mark.requirement("R19")
+@pytest.mark.requirement("R26")
+def test_a_remembered_cancellation_is_recorded_in_the_name_of_who_cancelled() -> None:
+    """When the start comes, the audit of the cancellation has the actor, trace and event id of the cancellation itself."""
+    first = Drafted().apply(cancel_offer("o-1", reason="withdrawn"), T0)
+    (bound,) = first.operations()
+    drafted = Drafted(offers={"o-1": bound.value}).apply(start("lot-7", T0, END, offer_id="o-1"), T0 + 5)
+    cancelled, registered = [record.fields for record in drafted.operations(Record)]
+    kept = orjson.loads(bound.value.removeprefix("cancelled "))
+    assert cancelled["event_type"] == "auction_timer_tombstoned"
+    assert {name: cancelled[name] for name in ("event_id", "trace_id", "correlation_id", "actor_type", "actor_id")} == {
+        name: kept[name] for name in ("event_id", "trace_id", "correlation_id", "actor_type", "actor_id")
+    }
+    assert registered["event_type"] == "auction_timer_registered"
+    assert registered["event_id"] != cancelled["event_id"]
 
 
 @pytest.mark.requirement("R19")
