@@ -110,7 +110,7 @@ async def _seq(made: Bench) -> int:
 
 async def _applied(made: Bench, records: int) -> None:
     while await _seq(made) < records:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
 
 
 async def _sustained(made: Bench, rate: int, seconds: float) -> dict[str, Any]:

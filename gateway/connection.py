@@ -24,6 +24,7 @@ from websockets.server import ServerProtocol
 
 from engine.contract.intake import AUCTION_ID
 from engine.contract.timers import CorruptTimerError
+from engine.domain.instants import HOUR_MS
 from engine.store.protocol import StoreError
 from gateway.closing import CloseCode
 from gateway.problems import MEDIA_TYPE, Problem, ProblemType, problem_body
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 CLIENT_FRAME_BYTES_MAX: Final = 4_096
 CLIENT_FRAMES_PER_SECOND_MAX: Final = 5
 BAD_MESSAGES_MAX: Final = 3
+REPORTED_MS_MAX: Final = 24 * HOUR_MS
 CLOSE_WITHIN_S: Final = 5.0
 """A peer that does not finish the closing handshake is cut off then."""
 WRITE_BUFFER_HIGH_BYTES: Final = 65_536
@@ -352,9 +354,14 @@ def _fault_of(sync: Any) -> str | None:
         return 'the only message a client may send is {"type":"sync","t0":...}'
     if not _is_number(sync.get("t0")):
         return "t0 must be a number: your clock when you send, in ms"
-    if not all(sync.get(name) is None or _is_number(sync[name]) for name in ("drift_ms", "rtt_ms")):
-        return "drift_ms and rtt_ms must be numbers, in ms"
+    if not all(sync.get(name) is None or _is_duration(sync[name]) for name in ("drift_ms", "rtt_ms")):
+        return "drift_ms and rtt_ms must be numbers, in ms, of a day at most"
     return None
+
+
+def _is_duration(value: object) -> bool:
+    """A duration that can be measured. What a client reports is added up for ever: one 1e308 would spoil the sum."""
+    return isinstance(value, int | float) and _is_number(value) and abs(value) <= REPORTED_MS_MAX
 
 
 def _is_number(value: object) -> bool:

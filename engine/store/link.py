@@ -85,7 +85,7 @@ def is_transient(error: Exception) -> bool:
 class _PackedInC:
     """Mixed into redis-py's connections: commands are packed by hiredis, as its blocking client does.
 
-    A commit of 256 bids has 10,000 arguments. Packed in Python they cost more than everything else the engine does (49 % of
+    A commit of 32 bids has 1,350 arguments. Packed in Python they cost more than everything else the engine does (49 % of
     its CPU, profiled at 30,000 bids); packed in C, a fiftieth of that.
     """
 

@@ -770,9 +770,9 @@ async def test_an_engine_that_restarts_often_trims_as_well(world: World, monkeyp
     """A shard that is loaded again and again, before it ever reaches a checkpoint to trim to, keeps a bounded intake too."""
     monkeypatch.setattr(shard_module, "CHECKPOINT_EVERY", 10)
     await world.append(quick())
-    for start in range(20):
+    for life in range(20):
         worker = await Worker(world, intake_retained=30, batch_max=5).begin()
-        await world.append(*[bid("a", f"b-{start}-{number}") for number in range(35)])
+        await world.append(*[bid("a", f"b-{life}-{number}") for number in range(35)])
         await worker.work()
         assert len(world.shard.events) <= 2 * (30 + 10) + 35
     assert world.facts("a").count("bid_accepted") == 20 * 35

@@ -200,6 +200,26 @@ def test_a_store_that_goes_away_again_in_the_midst_of_a_reload_is_reloaded_later
     run(house.line, scenario)
 
 
+@pytest.mark.requirement("B4")
+@pytest.mark.parametrize(
+    ("kept", "bound", "oldest"), [(0, 5, 0), (3, 5, 0), (4, 5, 0), (5, 5, 1), (9, 5, 5), (9, 20, 0)]
+)
+async def test_a_start_reads_back_what_came_before_it(kept: int, bound: int, oldest: int) -> None:
+    """A client of the process that ran here before resumes: from `oldest` on everything is there, before it nothing is."""
+    house = House()
+    for version in range(1, kept + 1):
+        commit(house, version)
+    house.put(record(version=kept))
+    await EventFeed(house.store, house.hub, house.machine, 1, updates_max=bound).start()
+    room = await house.hub.room(AUCTION)
+    assert room is not None
+    for seen in range(kept + 1):
+        snapshot, *missed = told(house.hub.greeting(room, f"0.{seen}-0"))
+        assert snapshot["recovered"] is (seen >= oldest), seen
+        if seen >= oldest:
+            assert [frame["timer"]["version"] for frame in missed] == list(range(seen + 1, kept + 1))
+
+
 def test_a_start_without_a_store_says_so() -> None:
     """The places cannot be guessed: the composition root waits and asks again."""
     house = House()
