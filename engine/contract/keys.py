@@ -20,11 +20,6 @@ def replies(reply_to: str) -> str:
     return f"auction:replies:{reply_to}"
 
 
-def engine_metrics(instance: str) -> str:
-    """Where an engine leaves its heartbeat for `/readyz` and for people."""
-    return f"auction:engine:{instance}"
-
-
 @dataclass(frozen=True, slots=True)
 class ShardKeys:
     """The names of one shard, built once."""

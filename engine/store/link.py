@@ -85,8 +85,8 @@ def is_transient(error: Exception) -> bool:
 class _PackedInC:
     """Mixed into redis-py's connections: commands are packed by hiredis, as its blocking client does.
 
-    A commit of 32 bids has 1,350 arguments. Packed in Python they cost more than everything else the engine does (49 % of
-    its CPU, profiled at 30,000 bids); packed in C, a fiftieth of that.
+    A commit of 32 bids has 1,350 arguments. Packing in Python took 5.5 of the 11.3 s of a profiled run of 30,000
+    bids; packing in C took 0.3 s of the same run.
     """
 
     def pack_command(self, *args: Any) -> list[bytes]:

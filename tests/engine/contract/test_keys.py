@@ -40,7 +40,6 @@ def test_the_names_that_carry_an_id() -> None:
     """A timer's hash ends in its auction's id, a reply stream in what the asker chose."""
     assert ShardKeys.of(3).timer("lot-7") == "auction:timer:{3}:lot-7"
     assert keys.replies("cli-1") == "auction:replies:cli-1"
-    assert keys.engine_metrics("host-1") == "auction:engine:host-1"
     assert keys.META == "auction:meta"
 
 
