@@ -11,7 +11,7 @@ import pytest
 from auction_timer import __version__, reference
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("engine", "gateway", "auction_timer")
+PACKAGES = ("engine", "gateway", "reconciler", "auction_timer")
 
 # The engine's shell: what decides, schedules and owns. The store, the clock and the settings are the ground that every role
 # stands on (docs/decisions/0003-what-roles-share.md).

@@ -33,11 +33,15 @@ class ShardKeys:
     paused: str
     closed: str
     troubleshooting: str
+    parked: str
+    forwarder: str
+    undelivered: str
     lease: str
     cursor: str
     timer_prefix: str
     offer_prefix: str
     seen_prefix: str
+    command_prefix: str
 
     @classmethod
     def of(cls, shard: int) -> "ShardKeys":
@@ -53,11 +57,15 @@ class ShardKeys:
             paused=f"auction:paused:{tag}",
             closed=f"auction:closed:{tag}",
             troubleshooting=f"auction:troubleshooting:{tag}",
+            parked=f"auction:parked:{tag}",
+            forwarder=f"auction:forwarder:{tag}",
+            undelivered=f"auction:undelivered:{tag}",
             lease=f"auction:lease:{tag}",
             cursor=f"auction:cursor:{tag}",
             timer_prefix=f"auction:timer:{tag}:",
             offer_prefix=f"auction:offer:{tag}:",
             seen_prefix=f"auction:seen:{tag}:",
+            command_prefix=f"auction:command:{tag}:",
         )
 
     def timer(self, auction_id: str) -> str:

@@ -18,6 +18,7 @@ from engine.domain.instants import EpochMs
 from engine.store.protocol import (
     Announce,
     Appended,
+    AuditEntry,
     Batch,
     BindOffer,
     CommitResult,
@@ -78,7 +79,7 @@ class ShardMemory:
 
 
 class MemoryStore:
-    """Implements `Intake`, `ShardStore` and `ViewStore` in one process.
+    """Implements `Intake`, `ShardStore`, `ViewStore` and `AuditStore` in one process.
 
     Args:
         authority_us: what Redis `TIME` would answer, in microseconds.
@@ -249,6 +250,18 @@ class MemoryStore:
         groups = self.shards[shard].groups
         groups[Group.CLOSED] = {name: at for name, at in groups[Group.CLOSED].items() if at >= before}
 
+    async def audit_entries(self, shard: int, after: str, count: int) -> list[AuditEntry]:
+        records = self.shards[shard].audit
+        behind = [record for record in records if stream_order(_audit_id(record)) > stream_order(after)]
+        return [AuditEntry(_audit_id(record), dict(record)) for record in behind[:count]]
+
+    async def audit_length(self, shard: int) -> int:
+        return len(self.shards[shard].audit)
+
+    async def trim_audit(self, shard: int, before: str) -> None:
+        memory = self.shards[shard]
+        memory.audit = [record for record in memory.audit if stream_order(_audit_id(record)) >= stream_order(before)]
+
     async def publish(self, lines: Mapping[int, bytes]) -> None:
         for listener in self._listeners:
             for shard, payload in lines.items():
@@ -302,6 +315,10 @@ E = TypeVar("E", Entry, UpdateEntry)
 def _behind(entries: list[E], since: str, count: int) -> list[E]:
     start = bisect_right(entries, stream_order(since), key=lambda entry: stream_order(entry.stream_id))
     return entries[start : start + count]
+
+
+def _audit_id(record: Mapping[str, str]) -> str:
+    return f"{record['seq']}-0"
 
 
 def _place(memory: ShardMemory, group: Group, auction_id: str, score: int) -> None:

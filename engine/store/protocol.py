@@ -260,6 +260,34 @@ class Placed:
     auction_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """A record of the audit stream as it was read: every field of it, `hash` included."""
+
+    stream_id: str
+    fields: dict[str, str]
+
+
+class AuditStore(Protocol):
+    """The archiver's and the auditor's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
+
+    async def audit_entries(self, shard: int, after: str, count: int) -> list[AuditEntry]:
+        """The next `count` records of the audit stream behind a stream id (`engine.contract.cursors.START` for all)."""
+        ...
+
+    async def audit_length(self, shard: int) -> int:
+        """How many records the audit stream holds."""
+        ...
+
+    async def trim_audit(self, shard: int, before: str) -> None:
+        """Forget the records before a stream id. The caller has archived them."""
+        ...
+
+    async def head(self, shard: int) -> ShardHead:
+        """Where the fold of the shard stands: its `chain` is the last record's `seq` and `hash`."""
+        ...
+
+
 class Intake(Protocol):
     """The producers' side."""
 

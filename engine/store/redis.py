@@ -17,6 +17,7 @@ from engine.store.link import BLOCK_MS_MAX, RedisLink, RedisRefusedError, heedin
 from engine.store.protocol import (
     Announce,
     Appended,
+    AuditEntry,
     Batch,
     BindOffer,
     CommitResult,
@@ -56,7 +57,7 @@ PING_EVERY_S: Final = 1.0
 
 
 class RedisStore:
-    """Implements `Intake`, `ShardStore` and `ViewStore` on Redis."""
+    """Implements `Intake`, `ShardStore`, `ViewStore` and `AuditStore` on Redis."""
 
     def __init__(self, link: RedisLink, clock: Clock, limits: StoreLimits | None = None) -> None:
         self.link = link
@@ -290,6 +291,18 @@ class RedisStore:
         except (RedisError, OSError) as error:
             raise StoreUnavailableError(f"ticks were not sent: {error}") from error
 
+    # The audit.
+
+    async def audit_entries(self, shard: int, after: str, count: int) -> list[AuditEntry]:
+        answer = await self._read("XRANGE", self._keys(shard).audit, f"({after}", "+", "COUNT", count)
+        return [AuditEntry(stream_id.decode(), _record(fields)) for stream_id, fields in answer]
+
+    async def audit_length(self, shard: int) -> int:
+        return int(await self._read("XLEN", self._keys(shard).audit))
+
+    async def trim_audit(self, shard: int, before: str) -> None:
+        await self._read("XTRIM", self._keys(shard).audit, "MINID", "=", before)
+
     # The gateway's side.
 
     async def view(self, shard: int, auction_id: str) -> View:
@@ -393,6 +406,13 @@ def _update(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
         int(fields.get(b"version", b"0")),
         fields.get(b"body", b"{}"),
     )
+
+
+def _record(fields: Mapping[bytes, bytes]) -> dict[str, str]:
+    """An audit record. Bytes that are no UTF-8 stay what they are, so that a hash over them still tells."""
+    return {
+        name.decode(errors="surrogateescape"): value.decode(errors="surrogateescape") for name, value in fields.items()
+    }
 
 
 def _scored(row: list[Any]) -> list[tuple[bytes, bytes]]:
