@@ -25,6 +25,7 @@ from engine.settings import Settings
 from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError
 from engine.store.redis import RedisStore
+from gateway.auth import Authenticate
 from gateway.connection import Connection
 from gateway.door import Door
 from gateway.feeds import EventFeed, TickFeed
@@ -114,6 +115,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         lifespan=lifespan,
         exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
     )
+    app.add_middleware(Authenticate)
     app.add_middleware(Correlate, origins=door.origins)
     gateway = Gateway(
         auction_clock,

@@ -33,6 +33,8 @@ class ProblemType(Enum):
     INVALID_PARAMETER = (400, "Invalid parameter")
     METHOD_NOT_ALLOWED = (405, "Method not allowed")
     FOREIGN_ORIGIN = (403, "Origin is not allowed")
+    UNAUTHENTICATED = (401, "A valid token is needed")
+    INSUFFICIENT_SCOPE = (403, "The token does not allow this")
     TOO_MANY_CONNECTIONS = (503, "Too many connections")
     INTAKE_FULL = (503, "Intake is full")
     DEPENDENCY_UNAVAILABLE = (503, "A dependency is unavailable")

@@ -1,0 +1,145 @@
+"""Who calls, and what they may do.
+
+A caller is a `Principal`: a subject with scopes and roles. Scopes open a route (`require`), and stand for the whole
+deployment. What somebody may do with one auction follows from the facts that were registered with it (`party`): its owner,
+its maker, the maker's delegates and its buyer are named there by the same ids that tokens carry as `sub`.
+
+    Authorization: Bearer … ──▶ Tokens.verify ──▶ Principal ──▶ require(scope) · may_see(offer) · actor_of(offer)
+
+In open mode (no secret, no keys) nobody is asked, and everybody is `LOCAL`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Literal
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from engine.contract.intake import ANONYMOUS, Actor
+from engine.domain.auction import Offer
+from engine.domain.instants import EpochMs
+from gateway.problems import Problem, ProblemType
+
+
+class Scope(StrEnum):
+    """What a token may carry in `scope` that means something here."""
+
+    EVENTS_WRITE = "events:write"
+    """Post events: for the systems that register auctions and accept bids."""
+    OPS = "ops"
+    """Operate: metrics, pause and resume, troubleshooting, every auction."""
+
+
+class Role(StrEnum):
+    """What a token may carry in `roles` that means something here, and what a subject may be to an auction."""
+
+    BUYER = "buyer"
+    MAKER = "maker"
+    MAKER_DELEGATE = "maker_delegate"
+    COMMERCE_ADMIN = "commerce_admin"
+    OPERATOR = "operator"
+
+
+Party = Role | Literal["owner"]
+"""What a caller is to an auction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Whoever calls.
+
+    Args:
+        subject: the `sub` of the token; empty in open mode.
+        scopes: of the token, known ones and others.
+        roles: of the token, known ones and others.
+        expires_at: the `exp` of the token; None in open mode.
+        is_local: open mode, where whoever reaches the gateway may do everything.
+    """
+
+    subject: str
+    scopes: frozenset[str]
+    roles: frozenset[str]
+    expires_at: EpochMs | None = None
+    is_local: bool = False
+
+    def may(self, scope: Scope) -> bool:
+        """Whether routes of this scope are open."""
+        return self.is_local or scope in self.scopes
+
+    def has(self, role: Role) -> bool:
+        """Whether the token names this role."""
+        return self.is_local or role in self.roles
+
+
+LOCAL: Final = Principal("", frozenset(), frozenset(), is_local=True)
+"""Open mode: whoever is on this machine."""
+
+
+class Authenticate:
+    """ASGI middleware: says who sent a request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope.setdefault("state", {})["principal"] = LOCAL
+        await self._app(scope, receive, send)
+
+
+def principal_of(request: Request) -> Principal:
+    """Who sent a request."""
+    found: Principal = request.state.principal
+    return found
+
+
+def require(request: Request, scope: Scope) -> Principal:
+    """Who sent a request, if the scope is theirs.
+
+    Raises:
+        Problem: `INSUFFICIENT_SCOPE`, with the challenge of RFC 6750, section 3.1.
+    """
+    principal = principal_of(request)
+    if not principal.may(scope):
+        raise Problem(
+            ProblemType.INSUFFICIENT_SCOPE,
+            f"this needs a token with the scope {scope}",
+            headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'},
+        )
+    return principal
+
+
+def party(principal: Principal, offer: Offer) -> Party | None:
+    """What a caller is to an auction, by the facts registered with it; None for a stranger.
+
+    By subject first: who is the buyer acts as the buyer, whatever else the token allows.
+    """
+    if not principal.is_local:
+        subject = principal.subject
+        if subject == offer.owner_id:
+            return "owner"
+        if subject == offer.buyer_id:
+            return Role.BUYER
+        if subject == offer.maker_id:
+            return Role.MAKER
+        if subject in offer.maker_delegate_ids:
+            return Role.MAKER_DELEGATE
+    if principal.has(Role.COMMERCE_ADMIN):
+        return Role.COMMERCE_ADMIN
+    if principal.has(Role.OPERATOR) or principal.may(Scope.OPS):
+        return Role.OPERATOR
+    return None
+
+
+def may_see(principal: Principal, offer: Offer) -> bool:
+    """Whether the owner-scoped routes know this auction for a caller. If not, the answer is that of an unknown auction."""
+    return party(principal, offer) is not None
+
+
+def actor_of(principal: Principal, offer: Offer) -> Actor:
+    """Who the records name for what a caller does to an auction; a stranger with a scope is a `service`."""
+    if principal.is_local:
+        return ANONYMOUS
+    return Actor(str(party(principal, offer) or ANONYMOUS.type), principal.subject)
