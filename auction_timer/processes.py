@@ -37,8 +37,10 @@ EXIT_CONFIG: Final = 78
 RESTART_DELAY_MS_FIRST: Final = 200
 # A child that dies again and again costs one start (about a second of one core) in five.
 RESTART_DELAY_MS_MAX: Final = 5_000
-# Longer than any start takes, so a child that dies of its start never counts as healthy.
+# Longer than a start takes where the machine is not busy: after that a death is no reason to wait longer than the last time.
 HEALTHY_AFTER_MS: Final = 2_000
+# Longer than a start takes on any machine: only after that can a configuration error not come from the start.
+STARTED_AFTER_MS: Final = 60_000
 # A gateway drains its sockets within this time; the same default as systemd's would be 90 s, too long for a Ctrl-C.
 STOP_MS_DEFAULT: Final = 10_000
 # SIGKILL is immediate except for a process inside an uninterruptible system call. Not worth hanging `serve` for.
@@ -309,7 +311,7 @@ class Child:
     async def _restarted(self, exit_code: int) -> bool:
         """Spawn again after the delay that is due; False if asked to stop meanwhile."""
         uptime_ms = round((self._monotonic() - self._started_at) * 1000)
-        self._was_healthy = self._was_healthy or uptime_ms >= HEALTHY_AFTER_MS
+        self._was_healthy = self._was_healthy or uptime_ms >= STARTED_AFTER_MS
         self._refuse_config_error(exit_code)
         delay_ms = self._backoff.delay_ms(uptime_ms)
         fields = exit_fields(exit_code)

@@ -18,6 +18,7 @@ from auction_timer.processes import (
     EXIT_CONFIG,
     EXIT_USAGE,
     HEALTHY_AFTER_MS,
+    STARTED_AFTER_MS,
     RESTART_DELAY_MS_FIRST,
     RESTART_DELAY_MS_MAX,
     Backoff,
@@ -322,16 +323,27 @@ async def test_exit_code_2_of_a_child_that_was_healthy_is_an_ordinary_death(tmp_
 
 
 @pytest.mark.integration
-async def test_ten_seconds_of_running_count_as_healthy(tmp_path: Path, log: list[dict[str, Any]]) -> None:
-    """The uptime alone proves health, and the restart after it has no delay."""
+async def test_a_minute_of_running_counts_as_started(tmp_path: Path, log: list[dict[str, Any]]) -> None:
+    """After a minute no exit code is a configuration error of the start, and the restart has no delay."""
     now = 1000.0
     async with ChildSupervisor(monotonic=lambda: now) as children:
         await children.start(spec_of("engine", FAILS_WITH_2_ONCE, tmp_path))
-        now += HEALTHY_AFTER_MS / 1000
+        now += STARTED_AFTER_MS / 1000
         (tmp_path / "note").touch()
         await eventually(lambda: starts(tmp_path, "engine") == 2)
     (line,) = [line for line in log if line["event"] == "child_exited"]
-    assert (line["uptime_ms"], line["exit_code"], line["restart_in_ms"]) == (HEALTHY_AFTER_MS, 2, 0)
+    assert (line["uptime_ms"], line["exit_code"], line["restart_in_ms"]) == (STARTED_AFTER_MS, 2, 0)
+
+
+async def test_a_slow_start_that_ends_in_a_configuration_error_is_not_repeated(tmp_path: Path) -> None:
+    """On a busy machine the settings may be refused after seconds: they stay refused, and `serve` says so."""
+    now = 1000.0
+    async with ChildSupervisor(monotonic=lambda: now) as children:
+        await children.start(spec_of("engine", FAILS_WITH_2_ONCE, tmp_path))
+        now += (STARTED_AFTER_MS - 1) / 1000
+        (tmp_path / "note").touch()
+        with pytest.raises(ChildConfigError):
+            await children.supervise()
 
 
 @pytest.mark.integration
