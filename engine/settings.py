@@ -7,6 +7,7 @@ import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,7 +51,9 @@ class Settings(BaseSettings):
     durability: Literal["local", "replicated"] = Field(
         "local", description="`local`: the append-only file, synced every second. `replicated` is not available yet."
     )
-    host: str = Field("127.0.0.1", description="Address the gateway binds. Anything but loopback needs `--insecure`.")
+    host: str = Field(
+        "127.0.0.1", description="Address the gateway binds. Any but loopback needs tokens or `--insecure`."
+    )
     port: int = Field(8080, ge=0, le=65535, description="Port the gateway binds; 0 takes a free one.")
     insecure: bool = Field(False, description="Bind a public address although anybody there may then read and write.")
     jwt_secret: str | None = Field(
@@ -157,7 +160,7 @@ class Settings(BaseSettings):
         "info", description="Least severe line that is logged."
     )
 
-    @field_validator("redis_url")
+    @field_validator("redis_url", "jwks_url", "token")
     @classmethod
     def _not_empty(cls, value: str | None) -> str | None:
         return value or None
@@ -165,12 +168,12 @@ class Settings(BaseSettings):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the gateway."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return _is_loopback(self.host)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether callers need a token; if not, the gateway is open to whoever reaches it."""
+        return bool(self.jwt_secret or self.jwks_url or self.jwks_file)
 
     def store_limits(self) -> StoreLimits:
         """The store's bounds."""
@@ -191,15 +194,19 @@ class Settings(BaseSettings):
             )
         if self.durability == "replicated":
             found.append("durability 'replicated' is not available in this version: use 'local'")
-        if self.jwt_secret or self.jwks_url or self.jwks_file:
+        if self.jwks_url and self.jwks_file:
+            found.append("jwks_url and jwks_file both name the public keys: unset AUCTION_TIMER_JWKS_URL or _JWKS_FILE")
+        if self.jwks_url and not _is_private(self.jwks_url):
             found.append(
-                "tokens are not available in this version: a secret would protect nothing; "
-                "unset AUCTION_TIMER_JWT_SECRET, _JWKS_URL and _JWKS_FILE and stay on loopback"
+                "jwks_url is neither https nor http on loopback: whoever is on the way could put keys of their own there"
             )
-        if not self.is_loopback and not self.insecure:
+        if self.jwks_file and not self.jwks_file.is_file():
+            found.append(f"jwks_file {self.jwks_file} is no file: put the keys there, or unset AUCTION_TIMER_JWKS_FILE")
+        if not self.is_loopback and not self.insecure and not self.wants_tokens:
             found.append(
-                f"host {self.host} can be reached from outside and nothing authenticates whoever calls: "
-                "bind 127.0.0.1 behind a proxy that does, or add --insecure if anybody there may read and write"
+                f"host {self.host} can be reached from outside and nothing authenticates whoever calls: set "
+                "AUCTION_TIMER_JWT_SECRET, _JWKS_URL or _JWKS_FILE, or bind 127.0.0.1 behind a proxy that authenticates, "
+                "or add --insecure if anybody there may read and write"
             )
         if self.intake_retained * 2 > self.intake_max:
             found.append("intake_retained is more than half of intake_max: the intake would be full of applied entries")
@@ -227,6 +234,26 @@ class Settings(BaseSettings):
         if faults:
             raise SettingsError(faults)
         return settings
+
+
+def _is_private(url: str) -> bool:
+    """Whether nobody on the way can change what a URL answers: https, or http on this machine."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (
+            parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+        )
+    except ValueError:  # such as "http://["
+        return False
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _env_file_names() -> list[str]:

@@ -25,7 +25,6 @@ from engine.settings import Settings
 from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError
 from engine.store.redis import RedisStore
-from gateway.auth import Authenticate
 from gateway.connection import Connection
 from gateway.door import Door
 from gateway.feeds import EventFeed, TickFeed
@@ -35,6 +34,7 @@ from gateway.origins import OriginRule
 from gateway.problems import Problem, ProblemType, problem_response
 from gateway.readiness import Readiness
 from gateway.routes import Api
+from gateway.tokens import Authenticate, Tokens, tokens_of
 
 CALL_DEADLINE_MS: Final = 3_000
 """A caller on the other end waits: after this it is told 503 and comes again with the same ids."""
@@ -90,17 +90,23 @@ class Gateway:
     door: Door
     app: Starlette
     metrics: GatewayMetrics
+    tokens: Tokens | None
 
 
 def build(store: RedisStore, clock: Clock, settings: Settings, registry: CollectorRegistry) -> Gateway:
-    """Make a gateway on a store."""
+    """Make a gateway on a store.
+
+    Raises:
+        SettingsError: the secret for tokens cannot be used.
+    """
     metrics = GatewayMetrics(registry)
     auction_clock = AuctionClock(clock)
     hub = Hub(store, auction_clock, settings.shards, metrics)
     feed = EventFeed(store, hub, clock, settings.shards, updates_max=settings.updates_max)
     hub.stale = lambda: not feed.is_fresh
-    door = Door(hub, settings, clock, metrics)
-    readiness = Readiness(auction_clock, hub, feed, settings.shards)
+    tokens = tokens_of(settings, auction_clock)
+    door = Door(hub, settings, clock, metrics, tokens)
+    readiness = Readiness(auction_clock, hub, feed, settings.shards, tokens.keys if tokens is not None else None)
     api = Api(hub, store, store, settings.shards, readiness, registry)
 
     gateway: Gateway
@@ -115,7 +121,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         lifespan=lifespan,
         exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
     )
-    app.add_middleware(Authenticate)
+    app.add_middleware(Authenticate, tokens=tokens)
     app.add_middleware(Correlate, origins=door.origins)
     gateway = Gateway(
         auction_clock,
@@ -126,6 +132,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         door,
         app,
         metrics,
+        tokens,
     )
     return gateway
 
@@ -147,6 +154,7 @@ async def _running(gateway: Gateway) -> AsyncIterator[None]:
             gateway.feed.run(),
             gateway.ticks.run(),
             gateway.door.watch_over(),
+            *((gateway.tokens.keys.run(),) if gateway.tokens is not None and gateway.tokens.keys is not None else ()),
         )
     ]
     for task in tasks:
@@ -213,6 +221,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
 
     Raises:
         RedisUrlError: the URL cannot be understood.
+        SettingsError: the secret for tokens cannot be used.
     """
     assert settings.redis_url is not None
     clock = SystemClock()

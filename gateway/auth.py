@@ -14,13 +14,14 @@ from enum import StrEnum
 from typing import Final, Literal
 
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Send
-from starlette.types import Scope as AsgiScope
 
 from engine.contract.intake import ANONYMOUS, Actor
 from engine.domain.auction import Offer
 from engine.domain.instants import EpochMs
 from gateway.problems import Problem, ProblemType
+
+LEEWAY_MS: Final = 30_000
+"""How far the clock of whoever makes tokens may be from ours."""
 
 
 class Scope(StrEnum):
@@ -68,6 +69,10 @@ class Principal:
         """Whether routes of this scope are open."""
         return self.is_local or scope in self.scopes
 
+    def is_expired(self, now: EpochMs) -> bool:
+        """Whether the token has expired at `now`, by the same leeway that it was accepted with."""
+        return self.expires_at is not None and now >= self.expires_at + LEEWAY_MS
+
     def has(self, role: Role) -> bool:
         """Whether the token names this role."""
         return self.is_local or role in self.roles
@@ -75,18 +80,6 @@ class Principal:
 
 LOCAL: Final = Principal("", frozenset(), frozenset(), is_local=True)
 """Open mode: whoever is on this machine."""
-
-
-class Authenticate:
-    """ASGI middleware: says who sent a request."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope.setdefault("state", {})["principal"] = LOCAL
-        await self._app(scope, receive, send)
 
 
 def principal_of(request: Request) -> Principal:

@@ -20,6 +20,8 @@ class CloseCode(IntEnum):
     """The gateway cannot follow the auction any more. Come back."""
     BAD_MESSAGES = 4400
     """Three messages that are not in the protocol."""
+    TOKEN_EXPIRED = 4401
+    """The token has expired; never in the last minute of an auction. Renew it, then come back with `since`."""
     HEARTBEAT_MISSED = 4408
     """No answer to a ping."""
     TOO_MANY = 4429

@@ -10,6 +10,7 @@ were built once straight to the transport. So a socket costs no task, no queue a
 """
 
 import asyncio
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import parse_qs, unquote
@@ -21,14 +22,17 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
 
 from engine.contract.intake import AUCTION_ID
 from engine.contract.timers import CorruptTimerError
 from engine.domain.instants import HOUR_MS
 from engine.store.protocol import StoreError
+from gateway.auth import LOCAL
 from gateway.closing import CloseCode
 from gateway.problems import MEDIA_TYPE, Problem, ProblemType, problem_body
 from gateway.room import Room, text_frame
+from gateway.tokens import Tokens, authenticate, chosen_subprotocol, handshake_token
 
 if TYPE_CHECKING:
     from gateway.door import Door
@@ -65,6 +69,7 @@ class Connection(asyncio.Protocol):
         "last_heard_ns",
         "outbox_bytes",
         "pinged",
+        "principal",
         "room",
         "transport",
         "ws",
@@ -72,7 +77,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any]) -> None:  # noqa: ARG002 - uvicorn names them
         self.door: Door = app_state["door"]
-        self.ws = ServerProtocol(max_size=CLIENT_FRAME_BYTES_MAX)
+        self.ws = ServerProtocol(max_size=CLIENT_FRAME_BYTES_MAX, select_subprotocol=_subprotocol)
+        self.principal = LOCAL
         self.room: Room | None = None
         self.address = ""
         self.last_heard_ns = self.door.now_ns()
@@ -164,6 +170,26 @@ class Connection(asyncio.Protocol):
         if refused is not None:
             self._reject(refused)
             return
+        if self.door.tokens is None:
+            self._find(request)
+        else:
+            self.door.spawn(self._authenticate_and_find(request, self.door.tokens))
+
+    async def _authenticate_and_find(self, request: Request, tokens: Tokens) -> None:
+        headers, query = request.headers, request.path.partition("?")[2]
+        offered = [name.strip() for value in headers.get_all("Sec-WebSocket-Protocol") for name in value.split(",")]
+        try:
+            self.principal = await authenticate(
+                tokens, handshake_token(headers.get_all("Authorization"), offered, query)
+            )
+        except Problem as refused:
+            if not self.transport.is_closing():
+                self._reject(refused)
+            return
+        if not self.transport.is_closing():
+            self._find(request)
+
+    def _find(self, request: Request) -> None:
         path, _, query = request.path.partition("?")  # urlsplit raises on some: "//[" would leave us half connected
         auction_id = _auction_id(path)
         if auction_id is None:
@@ -337,6 +363,10 @@ class Connection(asyncio.Protocol):
         if self.ws.state is not State.OPEN and self.ws.state is not State.CONNECTING:
             self._leave()
             self._cut_soon()
+
+
+def _subprotocol(_protocol: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    return cast(Subprotocol | None, chosen_subprotocol(offered))
 
 
 def _auction_id(path: str) -> str | None:

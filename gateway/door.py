@@ -15,6 +15,8 @@ import orjson
 from websockets.http11 import Request
 
 from engine.clock import Clock
+from engine.domain.instants import EpochMs
+from engine.domain.lifecycle import Status
 from engine.settings import Settings
 from gateway.closing import CloseCode
 from gateway.connection import Connection
@@ -23,6 +25,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.origins import OriginRule
 from gateway.problems import Problem, ProblemType
 from gateway.room import Room
+from gateway.tokens import Tokens
 
 OVER_LINGER_S: Final = 1.0
 """From the last event to the farewell 4000: time for the frame to be seen, well within the promised 5 s."""
@@ -31,14 +34,19 @@ PING_AFTER_MS: Final = 20_000
 GONE_AFTER_MS: Final = 30_000
 RETRY_AFTER_MS: Final = 500
 JITTER_MS: Final = 3_000
+LAST_MINUTE_MS: Final = 60_000
+"""So long before the end a socket outlives its token."""
 
 
 class Door:
     """Admits sockets, watches over them, says farewell."""
 
-    def __init__(self, hub: Hub, settings: Settings, clock: Clock, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, hub: Hub, settings: Settings, clock: Clock, metrics: GatewayMetrics, tokens: Tokens | None = None
+    ) -> None:
         self.hub = hub
         self.metrics = metrics
+        self.tokens = tokens
         self.outbox_bytes_max = settings.outbox_bytes_max
         self.origins = OriginRule(settings.allowed_origins, loopback_only=settings.is_loopback)
         self._settings = settings
@@ -119,6 +127,7 @@ class Door:
 
     def _look(self) -> None:
         now_ns = self.now_ns()
+        self._part_with_expired()
         lagging_max_ns = self._settings.outbox_age_max_ms * 1_000_000
         for connection in self._connections.copy():
             if connection.room is None:
@@ -131,3 +140,19 @@ class Door:
                 connection.close(CloseCode.HEARTBEAT_MISSED, "no answer to a ping")
             elif silent_ms > PING_AFTER_MS and not connection.pinged:
                 connection.ping()
+
+    def _part_with_expired(self) -> None:
+        """Close what a token has expired under, except where the end is near: nobody must miss it over a renewal."""
+        if self.tokens is None:
+            return
+        now = self.hub.clock.now_ms()
+        for connection in self._connections.copy():
+            room = connection.room
+            if room is not None and connection.principal.is_expired(now) and not _ends_soon(room, now):
+                connection.close(CloseCode.TOKEN_EXPIRED, "the token has expired: renew it, and come back with since")
+
+
+def _ends_soon(room: Room, now: EpochMs) -> bool:
+    """Whether an auction is in its last minute, or over."""
+    running = room.timer["status"] != Status.PAUSED
+    return room.is_over or (running and room.timer["ends_at"] - now <= LAST_MINUTE_MS)

@@ -7,6 +7,7 @@ from engine.domain.lifecycle import Status
 from gateway.events import event_schemas
 from gateway.listing import LIMIT_MAX
 from gateway.problems import MEDIA_TYPE, ProblemType
+from gateway.tokens import OPEN_PATHS
 
 _JSON: Final = "application/json"
 
@@ -150,6 +151,7 @@ def _paths() -> dict[str, Any]:
                         ProblemType.EMPTY_BATCH,
                         ProblemType.BATCH_TOO_LARGE,
                         ProblemType.FOREIGN_ORIGIN,
+                        ProblemType.INSUFFICIENT_SCOPE,
                         ProblemType.PAYLOAD_TOO_LARGE,
                         ProblemType.INTAKE_FULL,
                         ProblemType.DEPENDENCY_UNAVAILABLE,
@@ -203,7 +205,10 @@ def _paths() -> dict[str, Any]:
             "get": {
                 "operationId": "metrics",
                 "summary": "Metrics in the Prometheus text format",
-                "responses": {"200": _answer("Metrics", {"type": "string"}, "text/plain")},
+                "responses": {
+                    "200": _answer("Metrics", {"type": "string"}, "text/plain"),
+                    **_problems(ProblemType.INSUFFICIENT_SCOPE),
+                },
             }
         },
         "/openapi.json": {
@@ -214,6 +219,27 @@ def _paths() -> dict[str, Any]:
             }
         },
     }
+
+
+def _guarded(paths: dict[str, Any]) -> dict[str, Any]:
+    """The same paths: those that are always open say so, and all others may ask for a token."""
+    asked = _problems(ProblemType.UNAUTHENTICATED, ProblemType.DEPENDENCY_UNAVAILABLE)
+    for path, operations in paths.items():
+        for operation in operations.values():
+            if path in OPEN_PATHS:
+                operation["security"] = []
+            else:
+                operation["responses"] = asked | operation["responses"]
+    return paths
+
+
+_BEARER: Final = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "JWT",
+    "description": "Claims `sub` and `exp`, and `scope` and `roles` where a route asks for them. A gateway without a secret "
+    "and without keys is open, and asks for none.",
+}
 
 
 @cache
@@ -227,8 +253,10 @@ def document(version: str) -> dict[str, Any]:
             "description": "Realtime auction timers. Every answer carries `X-Correlation-Id`, echoed or generated. "
             "The socket at `/auctions/{auction_id}/updates` is not HTTP and not described here.",
         },
-        "paths": _paths(),
+        "paths": _guarded(_paths()),
+        "security": [{"bearer": []}, {}],
         "components": {
+            "securitySchemes": {"bearer": _BEARER},
             "schemas": event_schemas() | {"Timer": TIMER, "Problem": _PROBLEM, "EventResults": _RESULTS},
         },
     }

@@ -6,6 +6,7 @@ from typing import Final
 from engine.clock import AuctionClock
 from gateway.feeds import EventFeed
 from gateway.hub import Hub
+from gateway.jwks import PublicKeys
 
 ENGINE_SILENCE_MAX_MS: Final = 3_000
 
@@ -18,10 +19,12 @@ class Readiness:
     hub: Hub
     feed: EventFeed
     shards: int
+    keys: PublicKeys | None = None
 
     def checks(self) -> dict[str, str]:
         """Each dependency, and `ok` or what is wrong with it."""
-        return {"clock": self._clock(), "redis": self._redis(), "engine": self._engine()}
+        found = {"clock": self._clock(), "redis": self._redis(), "engine": self._engine()}
+        return found if self.keys is None else found | {"keys": self._keys(self.keys)}
 
     def _clock(self) -> str:
         return "ok" if self.clock.synced else "the auction clock has not heard from Redis yet"
@@ -41,3 +44,7 @@ class Readiness:
         if not silent:
             return "ok"
         return f"no engine is heard for {len(silent)} of {self.shards} shards: {', '.join(map(str, silent[:10]))}"
+
+    def _keys(self, keys: PublicKeys) -> str:
+        # Old keys are good enough: an issuer that is away for an hour should not take the auctions with it.
+        return "ok" if keys.named(None) else "the public keys for tokens could not be read yet"

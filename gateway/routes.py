@@ -22,6 +22,7 @@ from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.policy import TICK_INTERVAL_MS_MAX
 from engine.store.protocol import Appended, Draft, Intake, IntakeFullError, StoreError, StoreUnavailableError, ViewStore
+from gateway.auth import Scope, require
 from gateway.events import BODY_BYTES_MAX, parse_events
 from gateway.hub import Hub
 from gateway.listing import LIMIT_DEFAULT, LIMIT_MAX, Place, list_auctions
@@ -66,6 +67,7 @@ class Api:
 
     async def post_events(self, request: Request) -> Response:
         """Accept one event or a batch, all or nothing, and answer with each one's arrival."""
+        require(request, Scope.EVENTS_WRITE)
         body = await _bounded_body(request)
         events = parse_events(
             body,
@@ -174,8 +176,9 @@ class Api:
         ready = all(found == "ok" for found in checks.values())
         return json_response({"ready": ready, "checks": checks}, 200 if ready else 503)
 
-    async def metrics(self, _request: Request) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """Metrics in the Prometheus text format."""
+        require(request, Scope.OPS)
         return Response(exposition(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def openapi(self, _request: Request) -> Response:

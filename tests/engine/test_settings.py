@@ -118,8 +118,11 @@ def test_a_secret_is_not_shown() -> None:
 
 def test_an_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As compose files like to set it."""
-    monkeypatch.setenv("AUCTION_TIMER_REDIS_URL", "")
-    assert Settings.load().redis_url is None
+    for name in ("REDIS_URL", "JWKS_URL", "TOKEN"):
+        monkeypatch.setenv(PREFIX + name, "")
+    settings = Settings.load()
+    assert (settings.redis_url, settings.jwks_url, settings.token) == (None, None, None)
+    assert not settings.wants_tokens
 
 
 @pytest.mark.parametrize(
@@ -128,9 +131,12 @@ def test_an_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"heartbeat_ms": 700}, "heartbeat_ms"),
         ({"lease_ms": 1_000}, "heartbeat_ms"),
         ({"durability": "replicated"}, "replicated"),
-        ({"jwt_secret": "s"}, "JWT_SECRET"),
-        ({"jwks_url": "https://keys"}, "JWKS_URL"),
-        ({"jwks_file": "keys.json"}, "JWKS_FILE"),
+        ({"jwks_url": "http://keys.example/jwks"}, "jwks_url"),
+        ({"jwks_url": "https://"}, "jwks_url"),
+        ({"jwks_url": "http://["}, "jwks_url"),
+        ({"jwks_url": "ftp://127.0.0.1/jwks"}, "jwks_url"),
+        ({"jwks_file": "keys.json"}, "jwks_file"),
+        ({"jwks_url": "https://keys.example/jwks", "jwks_file": __file__}, "jwks_url and jwks_file"),
         ({"host": "0.0.0.0"}, "0.0.0.0"),
         ({"intake_max": 100_000}, "intake_retained"),
     ],
@@ -161,6 +167,24 @@ def test_another_address_needs_leave(host: str) -> None:
     assert not settings.is_loopback
     assert any("--insecure" in fault for fault in settings.faults())
     assert Settings.load(host=host, insecure=True).faults() == []
+
+
+@pytest.mark.requirement("R24")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jwt_secret": "s" * 32},
+        {"jwks_url": "https://keys.example/jwks"},
+        {"jwks_url": "http://127.0.0.1:9000/jwks"},
+        {"jwks_file": __file__},
+        {"jwt_secret": "s" * 32, "jwks_file": __file__},
+    ],
+)
+def test_with_tokens_any_address_may_be_bound(options: dict[str, Any]) -> None:
+    """A secret or public keys, or both, let whoever comes from outside be asked who they are."""
+    settings = Settings.load(host="0.0.0.0", **options)
+    assert settings.wants_tokens
+    assert settings.faults() == []
 
 
 def test_limits_of_the_store_follow_the_settings() -> None:

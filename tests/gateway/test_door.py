@@ -328,6 +328,7 @@ def test_close_codes_have_their_ranges() -> None:
         "SLOW_CONSUMER": 4101,
         "FEED_LOST": 4102,
         "BAD_MESSAGES": 4400,
+        "TOKEN_EXPIRED": 4401,
         "HEARTBEAT_MISSED": 4408,
         "TOO_MANY": 4429,
     }
