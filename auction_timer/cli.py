@@ -40,6 +40,13 @@ Insecure = Annotated[
     ),
 ]
 Url = Annotated[str, typer.Option(help="A gateway.")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Sent to the gateway. Better in AUCTION_TIMER_TOKEN: everyone on a machine may read its command lines.",
+        show_default=False,
+    ),
+]
 Parent = Annotated[int | None, typer.Option(hidden=True)]
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -130,6 +137,7 @@ def _duration(text: str) -> int:
 def emit(
     file: Annotated[str, typer.Argument(help="JSON Lines, one event a line; - reads stdin.")] = "-",
     url: Url = DEFAULT_URL,
+    token: Token = None,
 ) -> None:
     """Send events to a gateway, in batches; prints how many were accepted, duplicate, rejected.
 
@@ -137,7 +145,7 @@ def emit(
     """
     from auction_timer import commands
 
-    _exit(commands.emit(file, url=url))
+    _exit(commands.emit(file, url=url, token=_settings(token=token).token))
 
 
 @app.command()
@@ -148,6 +156,7 @@ def replay(
     ],
     speed: Annotated[float, typer.Option(help="How many times faster than it was; policy durations too.")],
     url: Url = DEFAULT_URL,
+    token: Token = None,
     window: Annotated[int, typer.Option(parser=_duration, metavar="DURATION", help="Soft-close window.")] = "15m",  # type: ignore[assignment]
     extension: Annotated[int, typer.Option(parser=_duration, metavar="DURATION", help="Extension per bid.")] = "15m",  # type: ignore[assignment]
     total_cap: Annotated[
@@ -172,6 +181,7 @@ def replay(
             file,
             rows_max=rows,
             url=url,
+            token=_settings(token=token).token,
             speed=speed,
             window_ms=window,
             extension_ms=extension,
@@ -184,11 +194,13 @@ def replay(
 
 
 @app.command()
-def watch(auction_id: Annotated[str, typer.Argument(metavar="AUCTION_ID")], url: Url = DEFAULT_URL) -> None:
+def watch(
+    auction_id: Annotated[str, typer.Argument(metavar="AUCTION_ID")], url: Url = DEFAULT_URL, token: Token = None
+) -> None:
     """Show a live countdown from the socket, with drift and connection state, until the auction is over."""
     from auction_timer import commands
 
-    _exit(commands.watch(auction_id, url=url))
+    _exit(commands.watch(auction_id, url=url, token=_settings(token=token).token))
 
 
 @app.command("check-config")
@@ -204,7 +216,7 @@ def check_config() -> None:
 
     for name in sorted(type(settings).model_fields):
         value = getattr(settings, name)
-        if name.endswith("_secret") and value:
+        if (name == "token" or name.endswith("_secret")) and value:
             value = "***"
         elif name.endswith("_url") and value:
             value = without_secrets(value)

@@ -10,6 +10,7 @@ session wants sent, and comes back with `since` when it is thrown out.
 
 ClientError
 ├── UrlError               the URL names no gateway
+├── TokenError             the token is none
 ├── GatewayAwayError       nobody answers there, or only "not now", for longer than we wait
 ├── UnknownAuctionError    the gateway knows no such auction
 ├── RefusedError           the gateway answers no: `status`, `error_code`, `detail`
@@ -21,6 +22,7 @@ import asyncio
 import contextlib
 import math
 import random
+import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +62,6 @@ STEADY_MS: Final = 5_000
 OVER_WITHIN_MS: Final = 6_000
 """The server closes within 5 s of the last event; a second more and we hang up ourselves."""
 
-CLOSE_TOKEN_EXPIRED: Final = 4401
 CLOSE_DRAINING: Final = 4100
 
 SMOOTH_MS: Final = 100.0
@@ -87,6 +88,7 @@ HEARTBEAT_MS: Final = 15_000
 """Until the snapshot says otherwise."""
 
 _NS: Final = 1_000_000
+_TOKEN: Final = re.compile(r"[!-~]+")
 _UNIX_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _OVER: Final = frozenset({Status.ENDED.value, Status.CANCELLED.value})
 _TICK_FIELDS: Final = (
@@ -109,6 +111,10 @@ class ClientError(Exception):
 
 class UrlError(ClientError):
     """The URL is not one of a gateway."""
+
+
+class TokenError(ClientError):
+    """The token cannot be one, and is not sent."""
 
 
 class GatewayAwayError(ClientError):
@@ -251,12 +257,21 @@ class Api:
 
     Args:
         url: of the gateway, `http://HOST:PORT`.
+        token: what the gateway knows the caller by; one in open mode needs none.
         retry: for requests that may be repeated: all of these, since events carry their own ids.
         transport: for tests.
+
+    Raises:
+        UrlError, TokenError: one of the two cannot be used.
     """
 
     def __init__(
-        self, url: str, *, retry: Retry | None = None, transport: httpx.AsyncBaseTransport | None = None
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        retry: Retry | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = gateway_url(url)
         self.retry = retry or Retry()
@@ -265,6 +280,7 @@ class Api:
         self._answered = False
         self._http = httpx.AsyncClient(
             base_url=self.url,
+            headers=_authorization(token),
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
             transport=transport,
@@ -389,6 +405,22 @@ _NOT_NOW: Final = frozenset({429, 502, 503, 504})
 """The gateway's own 503, its rate limit, and what a proxy in front says while no gateway is behind it."""
 
 
+def _authorization(token: str | None) -> dict[str, str]:
+    """The header that carries a token (RFC 6750, section 2.1).
+
+    Raises:
+        TokenError: it holds what no header can carry.
+    """
+    if token is None:
+        return {}
+    token = token.strip()  # as a file that was read ends with a newline
+    if not _TOKEN.fullmatch(token):
+        raise TokenError(
+            "the token is not one of printable ASCII characters without spaces: look for quotes or line breaks"
+        )
+    return {"Authorization": f"Bearer {token}"}
+
+
 def _json(response: httpx.Response) -> dict[str, Any]:
     try:
         body = orjson.loads(response.content)
@@ -417,6 +449,8 @@ def _refusal(response: httpx.Response) -> RefusedError:
         return MalformedEventsError(
             detail, [EventFault(int(fault["index"]), str(fault["path"]), str(fault["reason"])) for fault in errors]
         )
+    if error_code == "UNAUTHENTICATED":
+        detail += " (give one with AUCTION_TIMER_TOKEN or --token)"
     return RefusedError(response.status_code, error_code, detail or response.reason_phrase)
 
 
@@ -750,6 +784,7 @@ async def watch_auction(
     url: str,
     auction_id: str,
     *,
+    token: str | None = None,
     session: TimerSession | None = None,
     clock: Clock | None = None,
     retry: Retry = SOCKET_RETRY,
@@ -759,12 +794,14 @@ async def watch_auction(
 
     Args:
         url: of the gateway, `http://HOST:PORT`.
+        token: what the gateway knows the caller by; one in open mode needs none.
         session: what keeps the state; read it while iterating. Every frame was given to it before it is yielded.
         clock: what the session's time is read from.
         retry: its deadline bounds how long a line that was live may be away; its pauses are those between attempts.
         first_within_ms: the same bound for a line that never was.
 
     Raises:
+        TokenError: the token holds what no header can carry.
         UnknownAuctionError: the handshake was answered 404.
         RefusedError: the handshake was refused for good.
         SocketClosedError: closed with 4400 or 4401.
@@ -777,7 +814,7 @@ async def watch_auction(
     alone_ns = clock.monotonic_ns()
     within_ms = first_within_ms
     while True:
-        line = await _open(uri, session)
+        line = await _open(uri, session, token)
         if isinstance(line, ClientConnection):
             opened_ns = clock.monotonic_ns()
             session.connected(opened_ns)
@@ -802,12 +839,13 @@ async def watch_auction(
         await asyncio.sleep((next(pauses) if lost.pause_ms is None else lost.pause_ms) / 1_000)
 
 
-async def _open(uri: str, session: TimerSession) -> ClientConnection | _Lost:
+async def _open(uri: str, session: TimerSession, token: str | None) -> ClientConnection | _Lost:
     if session.cursor is not None:
         uri += f"?since={quote(session.cursor)}"
     try:
         return await connect(
             uri,
+            additional_headers=_authorization(token),
             compression=None,
             proxy=None,
             max_size=FRAME_BYTES_MAX,
@@ -870,7 +908,7 @@ def _on_closed(closed: ConnectionClosed, session: TimerSession) -> _Lost | None:
         raise SocketClosedError(
             code, reason, "this client and the gateway speak different protocols; use equal versions"
         )
-    if code == CLOSE_TOKEN_EXPIRED:
+    if code == CloseCode.TOKEN_EXPIRED:
         raise SocketClosedError(code, reason, "renew the token and watch again")
     drained = code in (CloseCode.GOING_AWAY, CLOSE_DRAINING)
     return _Lost(f"closed with {code}: {reason or 'the connection broke'}", _come_back_ms(reason) if drained else None)

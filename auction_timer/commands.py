@@ -52,7 +52,7 @@ def _complain(error: Exception) -> int:
     return EXIT_FAILURE
 
 
-def emit(file: str, *, url: str) -> int:
+def emit(file: str, *, url: str, token: str | None) -> int:
     """Send the events of a file, or of stdin for `-`; the exit code."""
     with _progress() as progress, contextlib.ExitStack() as opened:
         task = progress.add_task("sending", total=None, facts="")
@@ -63,10 +63,10 @@ def emit(file: str, *, url: str) -> int:
 
         try:
             if file == "-":
-                result = _run(emit_lines(stream_lines(sys.stdin), url=url, on_progress=show))
+                result = _run(emit_lines(stream_lines(sys.stdin), url=url, token=token, on_progress=show))
             else:
                 lines = opened.enter_context(Path(file).open(encoding="utf-8"))
-                result = _run(emit_lines(lines, url=url, on_progress=show))
+                result = _run(emit_lines(lines, url=url, token=token, on_progress=show))
         except EmitStoppedError as error:
             _tell(error.result)
             return _complain(error)
@@ -107,8 +107,8 @@ def replay(file: str, *, rows_max: int | None, **options: Any) -> int:
     return report.exit_code
 
 
-def watch(auction_id: str, *, url: str) -> int:
+def watch(auction_id: str, *, url: str, token: str | None) -> int:
     """Show an auction until it is over; the exit code. Ctrl-C stops watching, which is no failure."""
     with contextlib.suppress(KeyboardInterrupt):
-        return _run(watch_one(auction_id, url=url, console=Console()))
+        return _run(watch_one(auction_id, url=url, token=token, console=Console()))
     return EXIT_OK

@@ -99,6 +99,7 @@ async def emit(
     lines: AsyncIterable[str] | Iterable[str],
     *,
     url: str,
+    token: str | None = None,
     batch_max: int = EVENTS_MAX,
     on_progress: Callable[[EmitResult], None] | None = None,
     retry: Retry | None = None,
@@ -109,6 +110,7 @@ async def emit(
     Args:
         lines: JSON Lines. A plain iterable is read in a thread, 500 lines at a time; see `stream_lines` for a pipe.
         url: of the gateway.
+        token: what the gateway knows the caller by, with the scope `events:write`; one in open mode needs none.
         batch_max: events per request, 1 to 500. A request also stays below 1 MiB.
         on_progress: called after each batch with the counts so far; the object is the result itself.
         retry: how long to insist when the gateway is away.
@@ -122,7 +124,7 @@ async def emit(
         raise ValueError(f"batch_max must be between 1 and {EVENTS_MAX}, not {batch_max}")
     result = EmitResult()
     inbox = _Inbox(batch_max)
-    async with Api(url, retry=retry, transport=transport) as api:
+    async with Api(url, token=token, retry=retry, transport=transport) as api:
         reader = asyncio.create_task(_read(lines, inbox, result))
         try:
             await _send_all(api, inbox, result, on_progress or (lambda _result: None))

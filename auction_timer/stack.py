@@ -82,6 +82,7 @@ async def _roles(
         f"{PREFIX}HOST": settings.host,
         f"{PREFIX}PORT": str(listener.getsockname()[1]),
         f"{PREFIX}INSECURE": str(settings.insecure).lower(),
+        **_token_settings(settings),
         "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir),
     }
     prefix, parent, fd = console_script(), str(os.getpid()), listener.fileno()
@@ -112,6 +113,18 @@ async def _roles(
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
+
+
+def _token_settings(settings: Settings) -> dict[str, str]:
+    """What the gateways need to know about tokens, wherever the settings came from."""
+    given = {
+        "JWT_SECRET": settings.jwt_secret,
+        "JWKS_URL": settings.jwks_url,
+        "JWKS_FILE": settings.jwks_file and str(settings.jwks_file.absolute()),
+        "JWT_ISSUER": settings.jwt_issuer,
+        "JWT_AUDIENCE": settings.jwt_audience,
+    }
+    return {PREFIX + name: value for name, value in given.items() if value}
 
 
 def _running(children: ChildSupervisor, names: list[str]) -> list[str]:

@@ -75,13 +75,20 @@ Source = Callable[[TimerSession], AsyncGenerator[Frame, None]]
 
 
 async def watch(
-    auction_id: str, *, url: str, console: Console, clock: Clock | None = None, source: Source | None = None
+    auction_id: str,
+    *,
+    url: str,
+    console: Console,
+    token: str | None = None,
+    clock: Clock | None = None,
+    source: Source | None = None,
 ) -> int:
     """Show an auction until it is over.
 
     Args:
         url: of the gateway.
         console: where to; a live display if it is a terminal, else a line per second and one per event.
+        token: what the gateway knows the caller by; one in open mode needs none.
         clock: of this machine.
         source: where the frames come from; the auction's socket if None.
 
@@ -91,7 +98,10 @@ async def watch(
     clock = clock or SystemClock()
     session = TimerSession(auction_id)
     try:
-        frames = watch_auction(url, auction_id, session=session, clock=clock) if source is None else source(session)
+        if source is None:
+            frames = watch_auction(url, auction_id, token=token, session=session, clock=clock)
+        else:
+            frames = source(session)
         if console.is_terminal:
             await _paint_live(frames, session, console, clock)
         else:

@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
@@ -98,6 +99,7 @@ async def replay(
     path: Path,
     *,
     url: str,
+    token: str | None = None,
     speed: float,
     window_ms: int = 15 * MINUTE_MS,
     extension_ms: int = 15 * MINUTE_MS,
@@ -110,11 +112,12 @@ async def replay(
     on_progress: OnProgress | None = None,
     clock: Clock | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
-    watcher: Watcher = watch_auction,
+    watcher: Watcher | None = None,
 ) -> ReplayReport:
     """Play the history in `path` against the server at `url`, and judge what it did.
 
     Args:
+        token: what the server knows the caller by, with the scope `events:write`; one in open mode needs none.
         speed: how many times faster than it was.
         window_ms, extension_ms, mode, total_cap_ms, max_extensions: the closing rules, in the history's own time.
         limit: play only the first so many auctions.
@@ -137,10 +140,11 @@ async def replay(
     prefix = auction_prefix or f"replay-{uuid4().hex[:8]}"
     # Planned once without a server, so that a plan that cannot be is told before anybody is asked.
     make_plan(history, starts_at=clock.wall_ms(), speed=speed, policy=policy, prefix=prefix)
-    async with Api(url, retry=Retry(deadline_ms=AWAY_MS), transport=transport) as api:
+    async with Api(url, token=token, retry=Retry(deadline_ms=AWAY_MS), transport=transport) as api:
         server_now = await _server_now(api, clock)
         starts_at = EpochMs(server_now + lead_ms)
         plan = make_plan(history, starts_at=starts_at, speed=speed, policy=policy, prefix=prefix)
+        watcher = watcher or partial(watch_auction, token=token)
         player = _Player(api, plan, watcher, clock, on_progress or (lambda _progress: None))
         player.believe(server_now)
         return await player.play()
