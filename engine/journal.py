@@ -7,6 +7,7 @@ installed in memory before the store has said so.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Final
 
 import orjson
@@ -15,17 +16,21 @@ from engine.contract import audit, frames
 from engine.contract.intake import (
     BODY_BYTES_MAX,
     SCHEDULER,
+    TEXT_CHARS_MAX,
     Actor,
     Context,
+    Discard,
     EventType,
     IntakeEvent,
+    Retry,
     SchemaError,
     decode,
 )
+from engine.contract.offers import BOUND_TO_AUCTION, CANCELLED_BEFORE_START, auction_bound_in
 from engine.contract.timers import CorruptTimerError, TimerRecord, moving_fields, timer, to_fields
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision, Fact
-from engine.domain.events import Cancel, Register
+from engine.domain.events import Bid, Cancel, InputEvent, Register, Withdraw
 from engine.domain.fold import elapse, fold
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
@@ -35,6 +40,7 @@ from engine.store.protocol import (
     Batch,
     BindOffer,
     Entry,
+    KeepOutcome,
     Operation,
     Park,
     PlaceClosed,
@@ -43,14 +49,17 @@ from engine.store.protocol import (
     PutTimer,
     Record,
     Reply,
+    Requeue,
     ShardHead,
+    Unpark,
 )
 
 ALWAYS_PARKED: Final = frozenset({RefusalCode.UNKNOWN_AUCTION, RefusalCode.CONFLICTING_REGISTRATION})
 """Refusals that a person must look at. The others are answers: whoever asked with a `reply_to` has got it."""
 
-BOUND_TO_AUCTION: Final = "auction "
-CANCELLED_BEFORE_START: Final = "cancelled "
+IN_TROUBLESHOOTING: Final = "IN_TROUBLESHOOTING_QUEUE"
+CANCELED: Final = "CANCELED"
+INVALID_OPERATION: Final = "INVALID_OPERATION"
 
 
 def peek(entry: Entry) -> IntakeEvent | SchemaError:
@@ -69,6 +78,7 @@ class Journal:
     Args:
         timers: the auctions that the entries are about, as they stand; one that is absent is unregistered.
         offers: what the offer ids that the entries name are bound to.
+        parked: the commands in troubleshooting that operators' commands are about, as they were parked.
         unreadable: auctions whose hash was damaged; events for them wait in troubleshooting.
     """
 
@@ -80,6 +90,7 @@ class Journal:
         timers: Mapping[str, TimerRecord],
         offers: Mapping[str, str],
         *,
+        parked: Mapping[str, bytes] | None = None,
         unreadable: Mapping[str, CorruptTimerError] | None = None,
         now: EpochMs,
         commit_id: str,
@@ -93,6 +104,7 @@ class Journal:
         """Entries that could not be read."""
         self._timers = timers
         self._offers = dict(offers)
+        self._parked = dict(parked or {})
         self._unreadable = unreadable or {}
         self._registered: set[str] = set()
         self._batch = Batch(
@@ -125,29 +137,34 @@ class Journal:
             return
         assert entry.at is not None
         context = event.context
+        if isinstance(event.event, Retry | Discard):
+            self._operate(event.event, context, entry)
+            return
         auction_id = event.auction_id or self._auction_of(event.offer_id or "")
         if auction_id is None:
             self._remember_cancellation(event, entry)
             return
         if auction_id in self._unreadable:
-            message = str(self._unreadable[auction_id])
-            self._park(context.event_id, context, entry, "TIMER_UNREADABLE", message)
+            self._park_unreadable(auction_id, event.event, context, entry)
             return
-        if isinstance(event.event, Register):
-            self._cancel_first(event.event, auction_id, context, entry)
-        for decision in fold(self._record(auction_id).auction, event.event, entry.at):
+        self._fold(auction_id, event.event, context, entry)
+
+    def _fold(self, auction_id: str, event: InputEvent, context: Context, entry: Entry) -> None:
+        assert entry.at is not None
+        if isinstance(event, Register):
+            self._cancel_first(event, auction_id, context, entry)
+        for decision in fold(self._record(auction_id).auction, event, entry.at):
             by_time = decision.fact in _BY_TIME
             self._write(decision, None if by_time else context, entry.stream_id)
             if not by_time:
                 self._answer(decision, context, event, entry)
-        if isinstance(event.event, Register):
-            self._bind_offer(event.event, auction_id)
+        if isinstance(event, Register):
+            self._bind_offer(event, auction_id)
 
     # Offers: a cancellation may name an offer whose auction is not known yet (requirement R19).
 
     def _auction_of(self, offer_id: str) -> str | None:
-        bound = self._offers.get(offer_id, "")
-        return bound.removeprefix(BOUND_TO_AUCTION) if bound.startswith(BOUND_TO_AUCTION) else None
+        return auction_bound_in(self._offers.get(offer_id))
 
     def _remember_cancellation(self, event: IntakeEvent, entry: Entry) -> None:
         """The offer is unknown in this shard: keep the cancellation until a start names the offer."""
@@ -221,8 +238,7 @@ class Journal:
         trace_id = context.trace_id if context else record.trace_id
         correlation_id = context.correlation_id if context else record.correlation_id
         actor: Actor = context.actor if context else SCHEDULER
-        batch.chain, fields = audit.chained(
-            batch.chain,
+        self._chain(
             audit.record(
                 decision,
                 actor=actor,
@@ -231,37 +247,29 @@ class Journal:
                 trace_id=trace_id,
                 correlation_id=correlation_id,
                 recorded_at=self.now,
-            ),
+            )
         )
-        batch.operations.append(Record(fields))
         if not decision.after.status.is_public:
             return
         for update in frames.announce(
-            decision, record, trace_id=trace_id, correlation_id=correlation_id, now=self.now
+            decision, record, actor=actor, trace_id=trace_id, correlation_id=correlation_id, now=self.now
         ):  # fmt: skip
-            batch.operations.append(Announce(update.type, update.auction_id, update.version, update.body))
+            self._announce(update)
+
+    def _chain(self, fields: dict[str, str]) -> None:
+        self._batch.chain, linked = audit.chained(self._batch.chain, fields)
+        self._batch.operations.append(Record(linked))
+
+    def _announce(self, update: frames.Update) -> None:
+        self._batch.operations.append(Announce(update.type, update.auction_id, update.version, update.body))
 
     # Answering.
 
-    def _answer(self, decision: Decision, context: Context, event: IntakeEvent, entry: Entry) -> None:
+    def _answer(self, decision: Decision, context: Context, event: InputEvent, entry: Entry) -> None:
         refusal = decision.refusal
-        parks = refusal is not None and _parks(refusal, event, context)
-        if parks:
-            assert refusal is not None
-            self._park(context.event_id, context, entry, refusal.code.value, refusal.message)
-        if context.reply_to is None:
-            return
         record = self._record(decision.after.auction_id)
-        body: dict[str, Any] = {
-            "outcome": "IN_TROUBLESHOOTING_QUEUE" if parks else _outcome(decision),
-            "command_id": context.event_id,
-            "event_type": context.event_type,
-            "auction_id": decision.after.auction_id,
-            "correlation_id": context.correlation_id,
-            "arrival_ms": entry.at,
-        }
-        if decision.fact is not None:
-            body["fact"] = decision.fact.value
+        body = self._head(context, decision.after.auction_id, entry)
+        body["outcome"] = _outcome(decision)
         if refusal is not None:
             body |= {
                 "error_code": refusal.code.value,
@@ -269,11 +277,125 @@ class Journal:
                 "current_status": refusal.current_status,
                 "attempted_status": refusal.attempted_status,
             }
+            if isinstance(event, Withdraw) and record.auction.registration is not None:
+                body["support_reference"] = support_reference(context.event_id)
+                self._announce(
+                    frames.blocked(
+                        decision,
+                        record,
+                        actor=context.actor,
+                        support_reference=body["support_reference"],
+                        trace_id=context.trace_id,
+                        correlation_id=context.correlation_id,
+                        now=self.now,
+                    )
+                )
+            if _parks(refusal, event, context):
+                body["outcome"] = IN_TROUBLESHOOTING
+                self._park(context.event_id, context, entry, refusal.code.value, refusal.message)
+        if isinstance(event, Bid | Register) and context.reply_to is None:
+            return
+        if decision.fact is not None:
+            body["fact"] = decision.fact.value
+            body["audit"] = self._last_record()
         if record.auction.status.is_public:
             body["timer"] = timer(record, self.now, None)
-        self._batch.operations.append(
-            Reply(context.reply_to, body["outcome"], context.event_id, orjson.dumps(body))
-        )  # fmt: skip
+        self._say(context, body, keep=not isinstance(event, Bid | Register))
+
+    def _head(self, context: Context, auction_id: str, entry: Entry) -> dict[str, Any]:
+        return {
+            "command_id": context.event_id,
+            "event_type": context.event_type,
+            "auction_id": auction_id,
+            "correlation_id": context.correlation_id,
+            "arrival_ms": entry.at,
+            "asked_by": context.actor.id,
+        }
+
+    def _last_record(self) -> dict[str, str]:
+        """The record that was written last, as its reader will find it."""
+        written = next(made for made in reversed(self._batch.operations) if isinstance(made, Record))
+        return dict(written.fields) | {"shard": str(self._batch.shard)}
+
+    def _say(self, context: Context, body: dict[str, Any], *, keep: bool) -> None:
+        """Tell the one who asked, and whoever will ask what became of the command."""
+        answer = orjson.dumps(body)
+        if context.reply_to is not None:
+            self._batch.operations.append(Reply(context.reply_to, body["outcome"], context.event_id, answer))
+        if keep:
+            self._batch.operations.append(KeepOutcome(context.event_id, answer))
+
+    # Troubleshooting.
+
+    def _operate(self, order: Retry | Discard, context: Context, entry: Entry) -> None:
+        """What an operator wants done with a command, if it is in troubleshooting."""
+        body = self._head(context, "", entry)
+        found = self._parked.pop(order.command_id, None)
+        if found is None:
+            body |= {
+                "outcome": "REFUSED",
+                "error_code": INVALID_OPERATION,
+                "error": f"command {order.command_id} is not in troubleshooting",
+            }
+            self._say(context, body, keep=True)
+            return
+        command = _command(order.command_id, found)
+        self._batch.operations.append(Unpark(order.command_id))
+        if isinstance(order, Retry):
+            status = command["status"] = "RETRIED"
+            self._batch.operations.append(
+                Requeue(order.command_id, _payload(command), command["attempts"], EpochMs(command["first_seen_at"]))
+            )
+        else:
+            status = command["status"] = CANCELED
+            self._tell_canceled(command, order, context)
+        self._chain(
+            audit.operation(
+                audit.OPERATOR_RETRY if isinstance(order, Retry) else audit.OPERATOR_CANCEL,
+                auction_id=_auction_named_in(command),
+                prev_status=IN_TROUBLESHOOTING,
+                new_status=status,
+                actor=context.actor,
+                event_id=context.event_id,
+                intake_id=entry.stream_id,
+                trace_id=context.trace_id,
+                correlation_id=context.correlation_id,
+                occurred_at=entry.at or self.now,
+                recorded_at=self.now,
+                details={
+                    "command_id": order.command_id,
+                    "reason": order.reason,
+                    "operator": context.actor.id,
+                    "error_code": command["error_code"],
+                    "attempts": command["attempts"],
+                },
+            )
+        )
+        body |= {"outcome": "APPLIED", "command": command, "audit": self._last_record()}
+        self._say(context, body, keep=True)
+
+    def _tell_canceled(self, command: dict[str, Any], order: Discard, context: Context) -> None:
+        command |= {"reason": order.reason, "operator": context.actor.id, "canceled_at": self.now}
+        answer = orjson.dumps(
+            {
+                "outcome": CANCELED,
+                "command_id": order.command_id,
+                "event_type": command["event_type"],
+                "error": order.reason,
+                "operator": context.actor.id,
+                "correlation_id": context.correlation_id,
+            }
+        )
+        if command["reply_to"] is not None:
+            self._batch.operations.append(Reply(command["reply_to"], CANCELED, order.command_id, answer))
+        self._batch.operations.append(KeepOutcome(order.command_id, answer))
+
+    def _park_unreadable(self, auction_id: str, event: InputEvent, context: Context, entry: Entry) -> None:
+        error = str(self._unreadable[auction_id])
+        self._park(context.event_id, context, entry, "TIMER_UNREADABLE", error)
+        body = self._head(context, auction_id, entry)
+        body |= {"outcome": IN_TROUBLESHOOTING, "error_code": "TIMER_UNREADABLE", "error": error}
+        self._say(context, body, keep=not isinstance(event, Bid | Register))
 
     def _park_poison(self, entry: Entry, error: SchemaError) -> None:
         command_id = entry.event_id or f"{self._batch.shard}-{entry.stream_id}"
@@ -281,28 +403,37 @@ class Journal:
         self._park(command_id, None, entry, "SCHEMA_INVALID", str(error))
 
     def _park(self, command_id: str, context: Context | None, entry: Entry, code: str, message: str) -> None:
-        body = {
-            "command_id": command_id,
-            "event_type": context.event_type if context else None,
-            "status": "IN_TROUBLESHOOTING_QUEUE",
-            "error_code": code,
-            "error": message,
-            "attempts": 1,
-            "first_seen_at": entry.at or self.now,
-            "payload": _readable(entry.body),
-            "reply_to": context.reply_to if context else None,
-        }
-        self._batch.operations.append(Park(command_id, orjson.dumps(body)))
+        first_seen_at = entry.first_seen_at or entry.at or self.now
+        body = orjson.dumps(
+            {
+                "command_id": command_id,
+                "event_type": context.event_type if context else _type_named_in(entry.body),
+                "status": IN_TROUBLESHOOTING,
+                "error_code": code,
+                "error": message,
+                "attempts": entry.attempts + 1,
+                "first_seen_at": first_seen_at,
+                "payload": _readable(entry.body),
+                "reply_to": context.reply_to if context else None,
+            }
+        )
+        self._parked[command_id] = body
+        self._batch.operations.append(Park(command_id, first_seen_at, body))
+
+
+def support_reference(command_id: str) -> str:
+    """What a person quotes to support about a refusal: short, the same in the answer and in the announcement."""
+    return f"SUP-{sha256(command_id.encode()).hexdigest()[:10].upper()}"
 
 
 _BY_TIME: Final = frozenset({Fact.STARTED, Fact.CLOSING, Fact.ENDED})
 
 
-def _parks(refusal: Refusal, event: IntakeEvent, context: Context) -> bool:
+def _parks(refusal: Refusal, event: InputEvent, context: Context) -> bool:
     if refusal.code in ALWAYS_PARKED:
         return True
     # A cancellation of what is over has reached its goal or come too late: neither needs a person (requirement R19).
-    return context.reply_to is None and not isinstance(event.event, Cancel)
+    return context.reply_to is None and not isinstance(event, Cancel | Withdraw)
 
 
 def _outcome(decision: Decision) -> str:
@@ -332,3 +463,44 @@ def _readable(body: bytes) -> object:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
         return body[:BODY_BYTES_MAX].decode(errors="replace")
+
+
+def _command(command_id: str, body: bytes) -> dict[str, Any]:
+    """A command as it was parked; whoever edited it by hand, it stays one that can be retried or cancelled."""
+    try:
+        read = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        read = None
+    command: dict[str, Any] = read if isinstance(read, dict) else {"payload": body.decode(errors="replace")}
+    blank = {
+        "event_type": None,
+        "error_code": None,
+        "attempts": 0,
+        "first_seen_at": 1,
+        "payload": None,
+        "reply_to": None,
+    }
+    command = blank | command | {"command_id": command_id}
+    for name in ("attempts", "first_seen_at"):
+        if type(command[name]) is not int or command[name] < 0:
+            command[name] = blank[name]
+    if type(command["reply_to"]) is not str:
+        command["reply_to"] = None
+    return command
+
+
+def _payload(command: dict[str, Any]) -> bytes:
+    payload = command["payload"]
+    return payload.encode() if isinstance(payload, str) else orjson.dumps(payload)
+
+
+def _auction_named_in(command: dict[str, Any]) -> str:
+    payload = command["payload"]
+    auction_id = payload.get("auction_id") if isinstance(payload, dict) else None
+    return auction_id if isinstance(auction_id, str) else ""
+
+
+def _type_named_in(body: bytes) -> str | None:
+    payload = _readable(body)
+    event_type = payload.get("type") if isinstance(payload, dict) else None
+    return event_type[:TEXT_CHARS_MAX] if isinstance(event_type, str) else None

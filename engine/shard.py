@@ -15,7 +15,8 @@ from uuid import uuid4
 import structlog
 
 from engine.clock import AuctionClock
-from engine.contract.intake import Context, IntakeEvent, SchemaError
+from engine.contract.intake import Context, Discard, IntakeEvent, Retry, SchemaError
+from engine.contract.offers import auction_bound_in
 from engine.contract.timers import CorruptTimerError, TimerRecord
 from engine.domain.decide import Decision, Fact
 from engine.domain.events import Register
@@ -209,7 +210,7 @@ class Shard:
         readable = [event for event in events if not isinstance(event, SchemaError)]
         offers = await self._offers(readable)
         wanted = {event.auction_id for event in readable if event.auction_id is not None}
-        wanted |= {bound.removeprefix("auction ") for bound in offers.values() if bound.startswith("auction ")}
+        wanted |= {bound for bound in map(auction_bound_in, offers.values()) if bound is not None}
         timers, unreadable = await self._timers(wanted | set(due))
         journal = Journal(
             self.number,
@@ -217,6 +218,7 @@ class Shard:
             self.head,
             timers,
             offers,
+            parked=await self._parked(readable),
             unreadable=unreadable,
             now=now,
             commit_id=uuid4().hex,
@@ -235,6 +237,15 @@ class Shard:
         names = sorted(wanted)
         bound = await self.store.offers(self.number, names)
         return {name: value for name, value in zip(names, bound, strict=True) if value is not None}
+
+    async def _parked(self, events: list[IntakeEvent]) -> dict[str, bytes]:
+        """The commands in troubleshooting that operators' commands are about."""
+        orders = (event.event for event in events)
+        names = sorted({order.command_id for order in orders if isinstance(order, Retry | Discard)})
+        if not names:
+            return {}
+        found = await self.store.parked_commands(self.number, names)
+        return {name: body for name, body in zip(names, found, strict=True) if body is not None}
 
     async def _timers(self, wanted: set[str]) -> tuple[dict[str, TimerRecord], dict[str, CorruptTimerError]]:
         timers: dict[str, TimerRecord] = {}

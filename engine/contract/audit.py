@@ -76,6 +76,61 @@ def record(
     }
 
 
+def operation(
+    event_type: str,
+    *,
+    auction_id: str,
+    prev_status: str,
+    new_status: str,
+    actor: Actor,
+    event_id: str,
+    intake_id: str,
+    trace_id: str,
+    correlation_id: str,
+    occurred_at: EpochMs,
+    recorded_at: EpochMs,
+    details: Mapping[str, object],
+) -> dict[str, str]:
+    """The audit record of what an operator did to a command, not yet chained. It has no version: no auction changed."""
+    return {
+        "event_type": event_type,
+        "auction_id": auction_id,
+        "actor_type": actor.type,
+        "actor_id": actor.id,
+        "prev_status": prev_status,
+        "new_status": new_status,
+        "version": "",
+        "occurred_at": str(occurred_at),
+        "recorded_at": str(recorded_at),
+        "correlation_id": correlation_id,
+        "trace_id": trace_id,
+        "event_id": event_id,
+        "intake_id": intake_id,
+        "details": orjson.dumps(details).decode(),
+    }
+
+
+def as_json(fields: Mapping[str, str]) -> dict[str, object]:
+    """A record for readers of JSON: numbers as numbers, `details` as an object, nothing as null.
+
+    The hash is over the strings: a number is written in decimal digits, `details` as compact JSON, null as "".
+    """
+    shown: dict[str, object] = {name: value or None for name, value in fields.items()}
+    for name in ("shard", "seq", "version", "occurred_at", "recorded_at"):
+        value = fields.get(name, "")
+        if value.isascii() and value.isdigit():
+            shown[name] = int(value)
+    try:
+        shown["details"] = orjson.loads(fields.get("details") or "{}")
+    except orjson.JSONDecodeError:
+        shown["details"] = fields["details"]
+    return shown
+
+
+OPERATOR_CANCEL: Final = "OPERATOR_CANCEL"
+OPERATOR_RETRY: Final = "OPERATOR_RETRY"
+
+
 def verify(records: list[dict[str, str]], head: ChainHead | None = None) -> int | None:
     """Walk consecutive records from `head` (the genesis by default); the `seq` of the first broken link, or None."""
     head = head or ChainHead()

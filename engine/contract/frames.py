@@ -9,9 +9,11 @@ from typing import Any, Final
 
 import orjson
 
+from engine.contract.intake import Actor
 from engine.contract.timers import TimerRecord, timer
 from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
+from engine.domain.withdrawal import is_high_value
 
 TIMER_STARTED: Final = "timer.started"
 TIMER_CLOSING: Final = "timer.closing"
@@ -27,6 +29,12 @@ OVER: Final = frozenset({TIMER_ENDED, TIMER_CANCELLED})
 """After one of these nothing more will come: the socket is closed with 4000."""
 
 ANALYTICS_STARTED: Final = "auction_timer_started"
+
+OFFER_CANCELLED: Final = "offers.cancelled"
+OFFER_CANCELLATION_COMPLETED: Final = "offers.cancellation.completed"
+OFFER_CANCELLATION_BLOCKED: Final = "offers.cancellation.blocked"
+OFFER_CANCELLATION_HIGH_VALUE: Final = "offers.cancellation.high_value"
+PAYMENT_HOLD_RELEASE: Final = "offers.payment_hold.release_requested"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ _FRAME_OF: Final[dict[Fact, str]] = {
     Fact.RESUMED: TIMER_RESUMED,
     Fact.ENDED: TIMER_ENDED,
     Fact.CANCELLED: TIMER_CANCELLED,
+    Fact.OFFER_CANCELLED: TIMER_CANCELLED,
 }
 
 _ADDED: Final[dict[Fact, tuple[str, ...]]] = {
@@ -61,13 +70,14 @@ _ADDED: Final[dict[Fact, tuple[str, ...]]] = {
     Fact.RESUMED: ("previous_ends_at", "reason"),
     Fact.PAUSED: ("reason",),
     Fact.CANCELLED: ("reason",),
+    Fact.OFFER_CANCELLED: ("reason",),
 }
 
 
 def announce(
-    decision: Decision, record: TimerRecord, *, trace_id: str, correlation_id: str, now: EpochMs
+    decision: Decision, record: TimerRecord, *, actor: Actor, trace_id: str, correlation_id: str, now: EpochMs
 ) -> list[Update]:
-    """The updates that `decision` announces, in order. `record` is the auction after it."""
+    """The updates that `decision` announces, in order. `record` is the auction after it, `actor` who brought it about."""
     fact = decision.fact
     head: dict[str, Any] = {
         "auction_id": record.auction.auction_id,
@@ -84,7 +94,51 @@ def announce(
         updates.append(_update(frame, record, head | added | {"timer": timer(record, now, None)}))
     if fact is Fact.STARTED:
         updates.append(_update(ANALYTICS_STARTED, record, head))
+    if fact is Fact.OFFER_CANCELLED:
+        types = [OFFER_CANCELLED, OFFER_CANCELLATION_COMPLETED, PAYMENT_HOLD_RELEASE]
+        if is_high_value(record.auction):
+            types.append(OFFER_CANCELLATION_HIGH_VALUE)
+        body = head | _offer(record, actor) | {name: decision.details.get(name) for name in ("reason", "note")}
+        updates += [_update(update_type, record, body) for update_type in types]
     return updates
+
+
+def blocked(
+    decision: Decision,
+    record: TimerRecord,
+    *,
+    actor: Actor,
+    support_reference: str,
+    trace_id: str,
+    correlation_id: str,
+    now: EpochMs,
+) -> Update:
+    """The announcement that the cancellation of an offer was refused (requirement R21)."""
+    refusal = decision.refusal
+    assert refusal is not None
+    body = {
+        "auction_id": record.auction.auction_id,
+        "server_time": now,
+        "trace_id": trace_id,
+        "correlation_id": correlation_id,
+        "occurred_at": decision.at,
+        "error_code": refusal.code.value,
+        "error": refusal.message,
+        "support_reference": support_reference,
+    }
+    return _update(OFFER_CANCELLATION_BLOCKED, record, body | _offer(record, actor))
+
+
+def _offer(record: TimerRecord, actor: Actor) -> dict[str, Any]:
+    offer = record.auction.registered.offer
+    return {
+        "offer_id": offer.offer_id,
+        "maker_id": offer.maker_id,
+        "buyer_id": offer.buyer_id,
+        "amount_minor": offer.amount_minor,
+        "currency": offer.currency,
+        "actor": {"type": actor.type, "id": actor.id},
+    }
 
 
 def _bid(decision: Decision) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import Any, Final
 import orjson
 
 from engine.domain.auction import Offer, Registration
-from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume
+from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.policy import ExtendsOn, ExtensionMode, Policy
+from engine.domain.withdrawal import NOTE_CHARS_MAX, WithdrawalReason
 
 AUCTION_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TEXT_CHARS_MAX: Final = 500
@@ -28,7 +29,7 @@ DELEGATES_MAX: Final = 100
 
 
 class EventType(StrEnum):
-    """The event types the intake knows."""
+    """The event types that producers send."""
 
     AUCTION_STARTED = "offers.auction.started"
     BID_ACCEPTED = "auctions.bid.accepted"
@@ -37,6 +38,14 @@ class EventType(StrEnum):
     PAUSE_REQUESTED = "auctions.pause.requested"
     RESUME_REQUESTED = "auctions.resume.requested"
     SCHEDULE_CHANGED = "auctions.schedule.changed"
+
+
+class CommandType(StrEnum):
+    """The event types that gateways make from requests. Producers cannot send them."""
+
+    OFFER_CANCEL_REQUESTED = "offers.cancel.requested"
+    RETRY_REQUESTED = "troubleshooting.retry.requested"
+    DISCARD_REQUESTED = "troubleshooting.cancel.requested"
 
 
 class SchemaError(ValueError):
@@ -70,11 +79,30 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class Retry:
+    """An operator sends a command in troubleshooting round again (requirement R30)."""
+
+    command_id: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """An operator cancels a command in troubleshooting, for good (requirement R30)."""
+
+    command_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class IntakeEvent:
-    """A readable input event. Exactly one of `auction_id` and `offer_id` says what it is about."""
+    """A readable input event.
+
+    Exactly one of `auction_id` and `offer_id` says what it is about; an operator's `Retry` or `Discard` has neither.
+    """
 
     context: Context
-    event: InputEvent
+    event: InputEvent | Retry | Discard
     auction_id: str | None
     offer_id: str | None = None
 
@@ -96,7 +124,7 @@ def encode(event: IntakeEvent) -> bytes:
     return orjson.dumps(body)
 
 
-def _detail(event: InputEvent) -> object:
+def _detail(event: InputEvent | Retry | Discard) -> object:
     if isinstance(event, Register):
         registration = event.registration
         return {
@@ -129,7 +157,7 @@ def decode(event_id: str, body: bytes) -> IntakeEvent:
         raise SchemaError(f"type {event_type[:100]!r} is unknown")
     auction_id = fields.text_or_none("auction_id")
     offer_id = fields.text_or_none("offer_id") if event_type == EventType.OFFER_CANCELLED else None
-    if auction_id is None and offer_id is None:
+    if auction_id is None and offer_id is None and event_type not in _ABOUT_A_COMMAND:
         raise SchemaError("auction_id is missing")
     if auction_id is not None and not AUCTION_ID.fullmatch(auction_id):
         raise SchemaError("auction_id is not 1-128 of A-Z a-z 0-9 . _ : -")
@@ -279,7 +307,19 @@ def _bid(_auction_id: str, detail: _Fields) -> Bid:
     )
 
 
-_BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent]]] = {
+def _withdraw(_auction_id: str, detail: _Fields) -> Withdraw:
+    reason_code, note = detail.text("reason_code"), detail.text_or_none("note")
+    if reason_code not in set(WithdrawalReason):
+        raise SchemaError(f"reason_code {reason_code[:100]!r} is unknown")
+    if note is not None and len(note) > NOTE_CHARS_MAX:
+        raise SchemaError(f"note has more than {NOTE_CHARS_MAX} characters")
+    return Withdraw(
+        WithdrawalReason(reason_code), detail.integer("default_window_minutes"), note, detail.text_or_none("device")
+    )
+
+
+_ABOUT_A_COMMAND: Final = frozenset({CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED})
+_BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Retry | Discard]]] = {
     EventType.AUCTION_STARTED: _register,
     EventType.BID_ACCEPTED: _bid,
     EventType.OFFER_CANCELLED: lambda _id, detail: Cancel(detail.reason("reason")),
@@ -289,4 +329,7 @@ _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent]]] = {
     EventType.SCHEDULE_CHANGED: lambda _id, detail: Reschedule(
         detail.instant("ends_at"), detail.text_or_none("reason")
     ),
+    CommandType.OFFER_CANCEL_REQUESTED: _withdraw,
+    CommandType.RETRY_REQUESTED: lambda _id, detail: Retry(detail.text("command_id"), detail.text_or_none("reason")),
+    CommandType.DISCARD_REQUESTED: lambda _id, detail: Discard(detail.text("command_id"), detail.reason("reason")),
 }

@@ -28,11 +28,13 @@ from engine.domain.events import (
     Reschedule,
     Resume,
     Start,
+    Withdraw,
 )
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import ATTEMPTED, LIFECYCLE, Cell, Status, Verdict
 from engine.domain.policy import Cap, ExtendsOn, extension
 from engine.domain.refusals import Refusal, RefusalCode
+from engine.domain.withdrawal import window_ends_at
 
 Detail = int | str | bool | None
 
@@ -46,6 +48,7 @@ class Fact(StrEnum):
     CLOSING = "auction_timer_closing"
     ENDED = "auction_timer_ended"
     CANCELLED = "auction_timer_cancelled"
+    OFFER_CANCELLED = "offer_cancelled"
     PAUSED = "auction_timer_paused"
     RESUMED = "auction_timer_resumed"
     RESCHEDULED = "auction_timer_rescheduled"
@@ -107,6 +110,8 @@ def _refuse(auction: Auction, event: Event, at: EpochMs, code: RefusalCode, mess
 def _sentence(auction: Auction, event: Event) -> str:
     if auction.status is Status.UNREGISTERED:
         return f"no auction {auction.auction_id} is registered"
+    if isinstance(event, Withdraw):
+        return f"auction {auction.auction_id} is {auction.status}: its offer cannot be cancelled any more"
     return f"auction {auction.auction_id} is {auction.status}: it cannot {event.trigger}"
 
 
@@ -195,6 +200,25 @@ def _cancel(auction: Auction, event: Cancel, at: EpochMs, cell: Cell) -> Decisio
     return Decision(auction, after, at, fact, details={"reason": event.reason})
 
 
+def _withdraw(auction: Auction, event: Withdraw, at: EpochMs, cell: Cell) -> Decision:
+    (status,) = cell.to
+    until = window_ends_at(auction, event.default_window_minutes)
+    if at >= until:
+        message = f"the offer could be cancelled until {until}, and the request arrived at {at}"
+        return _refuse(auction, event, at, RefusalCode.WINDOW_EXPIRED, message)
+    after = _next(
+        auction, status=status, cancelled_at=at, reason=event.reason_code.value, paused_at=None, paused_from=None
+    )
+    details: dict[str, Detail] = {
+        "reason": event.reason_code.value,
+        "note": event.note,
+        "device": event.device,
+        "offer_id": auction.registered.offer.offer_id,
+        "window_ends_at": until,
+    }
+    return Decision(auction, after, at, Fact.OFFER_CANCELLED, details=details)
+
+
 def _pause(auction: Auction, event: Pause, at: EpochMs, cell: Cell) -> Decision:
     (status,) = cell.to
     after = _next(auction, status=status, paused_at=at, paused_from=auction.status, reason=event.reason)
@@ -265,4 +289,5 @@ _APPLY: Final[dict[type, Callable[..., Decision]]] = {
     Pause: _pause,
     Resume: _resume,
     Reschedule: _reschedule,
+    Withdraw: _withdraw,
 }

@@ -6,6 +6,7 @@ from typing import ClassVar
 from engine.domain.auction import Registration
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Trigger
+from engine.domain.withdrawal import WithdrawalReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,21 @@ class Reschedule:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdraw:
+    """`offers.cancel.requested`: the offer behind the auction is cancelled, within its modification window.
+
+    `default_window_minutes` counts where the registration names no window. It travels with the request, so that the same
+    log folds to the same result whatever a later setting says.
+    """
+
+    trigger: ClassVar[Trigger] = Trigger.WITHDRAW
+    reason_code: WithdrawalReason
+    default_window_minutes: int
+    note: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """Time reached `starts_at`."""
 
@@ -84,5 +100,5 @@ class ReachDeadline:
 
 
 TimeEvent = Start | OpenWindow | ReachDeadline
-InputEvent = Register | Bid | Cancel | Pause | Resume | Reschedule
+InputEvent = Register | Bid | Cancel | Pause | Resume | Reschedule | Withdraw
 Event = InputEvent | TimeEvent

@@ -58,6 +58,7 @@ class Trigger(StrEnum):
     PAUSE = "pause"
     RESUME = "resume"
     RESCHEDULE = "reschedule"
+    WITHDRAW = "withdraw"
 
 
 class Verdict(StrEnum):
@@ -98,6 +99,9 @@ _UNKNOWN: Final = Cell(Verdict.REFUSE, code=RefusalCode.UNKNOWN_AUCTION)
 _INVALID: Final = Cell(Verdict.REFUSE, code=RefusalCode.FSM_TRANSITION_INVALID)
 _IMMUTABLE: Final = Cell(Verdict.REFUSE, code=RefusalCode.FSM_TERMINAL_IMMUTABLE)
 
+_ALREADY: Final = Cell(Verdict.REFUSE, code=RefusalCode.ALREADY_CANCELLED)
+_CLOSED: Final = Cell(Verdict.REFUSE, code=RefusalCode.AUCTION_CLOSED)
+
 _CANCELLED: Final = _move(Status.CANCELLED)
 
 LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
@@ -111,6 +115,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.PAUSE: _UNKNOWN,
         Trigger.RESUME: _UNKNOWN,
         Trigger.RESCHEDULE: _UNKNOWN,
+        Trigger.WITHDRAW: _UNKNOWN,
     },
     Status.TOMBSTONE: {
         Trigger.START: _IGNORE,
@@ -122,6 +127,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.PAUSE: _IMMUTABLE,
         Trigger.RESUME: _IMMUTABLE,
         Trigger.RESCHEDULE: _IMMUTABLE,
+        Trigger.WITHDRAW: _ALREADY,
     },
     Status.SCHEDULED: {
         Trigger.START: _move(Status.ACTIVE),
@@ -133,6 +139,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.PAUSE: _INVALID,
         Trigger.RESUME: _INVALID,
         Trigger.RESCHEDULE: _STAY,
+        Trigger.WITHDRAW: _CANCELLED,
     },
     Status.ACTIVE: {
         Trigger.START: _IGNORE,
@@ -144,6 +151,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.PAUSE: _move(Status.PAUSED),
         Trigger.RESUME: _INVALID,
         Trigger.RESCHEDULE: _STAY,
+        Trigger.WITHDRAW: _CANCELLED,
     },
     Status.CLOSING: {
         Trigger.START: _IGNORE,
@@ -155,6 +163,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.PAUSE: _move(Status.PAUSED),
         Trigger.RESUME: _INVALID,
         Trigger.RESCHEDULE: _move(Status.CLOSING, Status.ACTIVE),
+        Trigger.WITHDRAW: _CANCELLED,
     },
     Status.PAUSED: {
         Trigger.START: _IGNORE,
@@ -167,6 +176,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.RESUME: _move(Status.ACTIVE, Status.CLOSING),
         # The end of a paused auction is a remaining time, not an instant: resume it first.
         Trigger.RESCHEDULE: _INVALID,
+        Trigger.WITHDRAW: _CANCELLED,
     },
     Status.ENDED: {
         Trigger.START: _IGNORE,
@@ -178,6 +188,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.PAUSE: _IMMUTABLE,
         Trigger.RESUME: _IMMUTABLE,
         Trigger.RESCHEDULE: _IMMUTABLE,
+        Trigger.WITHDRAW: _CLOSED,
     },
     Status.CANCELLED: {
         Trigger.START: _IGNORE,
@@ -189,6 +200,7 @@ LIFECYCLE: Final[dict[Status, dict[Trigger, Cell]]] = {
         Trigger.PAUSE: _IMMUTABLE,
         Trigger.RESUME: _IMMUTABLE,
         Trigger.RESCHEDULE: _IMMUTABLE,
+        Trigger.WITHDRAW: _ALREADY,
     },
 }
 
@@ -202,5 +214,6 @@ ATTEMPTED: Final[dict[Trigger, Status]] = {
     Trigger.PAUSE: Status.PAUSED,
     Trigger.RESUME: Status.ACTIVE,
     Trigger.RESCHEDULE: Status.ACTIVE,
+    Trigger.WITHDRAW: Status.CANCELLED,
 }
 """The status a trigger aims at: the `attempted_status` of a refusal."""

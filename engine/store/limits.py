@@ -17,6 +17,8 @@ class StoreLimits:
     """Entries of the intake, applied ones that are not yet trimmed included."""
     updates_max: int = 100_000
     """Entries of the event lane that can be replayed to a client."""
+    troubleshooting_max: int = 100_000
+    """Commands in troubleshooting; beyond, producers are refused, so that nothing has to be dropped."""
     replies_max: int = 1_000
     """Answers kept for one who asked and has not read them."""
     closed_retention_ms: int = 30 * 24 * HOUR_MS

@@ -7,7 +7,7 @@ protocol version spelled out, and `RedisLink.call` repeats a whole call, with th
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, TypeVar
@@ -24,6 +24,7 @@ from redis.exceptions import (
     ClusterDownError,
     ConnectionError,  # noqa: A004 - redis-py's own, and the only one meant here
     MasterDownError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
@@ -33,6 +34,7 @@ from redis.exceptions import (
 
 from engine.clock import Clock
 from engine.store.protocol import StoreError, StoreUnavailableError
+from engine.store.scripts import Script
 
 T = TypeVar("T")
 
@@ -238,6 +240,18 @@ class RedisLink:
             # Full jitter: after a failover every process calls again, and not at the same instant.
             await asyncio.sleep(min(left_ms, random.uniform(0.5, 1) * backoff_ms) / 1_000)  # noqa: S311
             backoff_ms = min(BACKOFF_MAX_MS, backoff_ms * 2)
+
+    async def run(self, script: Script, names: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
+        """Run a script by its digest; a server that does not know it yet gets its text. Raises as `call` does."""
+        client = self.commands
+
+        async def attempt() -> Any:
+            try:
+                return await client.execute_command("EVALSHA", script.sha, len(names), *names, *args)
+            except NoScriptError:
+                return await client.execute_command("EVAL", script.source, len(names), *names, *args)
+
+        return await self.call(attempt)
 
     async def close(self) -> None:
         """Close every connection."""

@@ -30,7 +30,9 @@ from engine.store.protocol import (
     Fenced,
     Group,
     IntakeFullError,
+    KeepOutcome,
     Lease,
+    News,
     Operation,
     Park,
     PlaceClosed,
@@ -40,9 +42,12 @@ from engine.store.protocol import (
     PutTimer,
     Record,
     Reply,
+    ReplyEntry,
+    Requeue,
     ShardHead,
     Superseded,
     Undrained,
+    Unpark,
     UpdateEntry,
     View,
 )
@@ -70,6 +75,7 @@ class ShardMemory:
     groups: dict[Group, dict[str, int]] = field(default_factory=lambda: {group: {} for group in Group})
     offers: dict[str, str] = field(default_factory=dict)
     troubleshooting: dict[str, bytes] = field(default_factory=dict)
+    outcomes: dict[str, bytes] = field(default_factory=dict)
     seen: dict[str, tuple[EpochMs, str]] = field(default_factory=dict)
 
     def next_id(self) -> str:
@@ -85,9 +91,12 @@ class MemoryStore:
         authority_us: what Redis `TIME` would answer, in microseconds.
     """
 
-    def __init__(self, authority_us: Callable[[], int], *, intake_max: int = 1_000_000) -> None:
+    def __init__(
+        self, authority_us: Callable[[], int], *, intake_max: int = 1_000_000, troubleshooting_max: int = 100_000
+    ) -> None:
         self._authority_us = authority_us
         self._intake_max = intake_max
+        self._troubleshooting_max = troubleshooting_max
         self._deployment: int | None = None
         self._grown = asyncio.Event()
         self._listeners: list[asyncio.Queue[tuple[int, bytes]]] = []
@@ -112,7 +121,9 @@ class MemoryStore:
         if self._deployment != shards:
             raise DeploymentMismatchError(f"this store holds {self._deployment} shards, the settings say {shards}")
 
-    async def append(self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str) -> list[Appended]:
+    async def append(
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+    ) -> list[Appended]:
         memory = self.shards[shard]
         at = self._stamp(memory, est)
         held, added = len(memory.events), False
@@ -125,6 +136,8 @@ class MemoryStore:
                 continue
             if not added and held + len(drafts) - n > self._intake_max:
                 raise IntakeFullError(f"the intake of shard {shard} holds {held} entries, its bound")
+            if not added and not by_operator and len(memory.troubleshooting) >= self._troubleshooting_max:
+                raise IntakeFullError(f"shard {shard} has as many commands in troubleshooting as it may")
             memory.events.append(Entry(memory.next_id(), at, draft.event_id, draft.body))
             memory.seen |= dict.fromkeys(seen_ids, (at, f"{n} {command_id}"))
             memory.last_at, added = at, True
@@ -209,13 +222,13 @@ class MemoryStore:
             if waiting and (waiting[0].at is None or waiting[0].at < batch.due_at):
                 return Undrained()
         for operation in batch.operations:
-            self._apply(memory, operation)
+            self._apply(memory, operation, at)
         memory.intake_cursor, memory.chain = batch.intake, batch.chain
         memory.last_at, memory.last_commit, memory.last_commit_at = at, batch.commit_id, at
         self._grow()
         return Committed(at)
 
-    def _apply(self, memory: ShardMemory, operation: Operation) -> None:
+    def _apply(self, memory: ShardMemory, operation: Operation, at: EpochMs) -> None:
         match operation:
             case PutTimer(auction_id, fields):
                 memory.timers.setdefault(auction_id, {}).update(fields)
@@ -229,15 +242,39 @@ class MemoryStore:
                 memory.audit.append(dict(fields))
             case Announce(update_type, auction_id, version, body):
                 memory.updates.append(UpdateEntry(memory.next_id(), update_type, auction_id, version, body))
-            case Reply(reply_to, outcome, command_id, body):
-                self.replies[reply_to].append((outcome, command_id, body))
-            case Park(command_id, body):
-                memory.troubleshooting[command_id] = body
             case BindOffer(offer_id, value, _forget):
                 memory.offers[offer_id] = value
+            case Reply() | KeepOutcome() | Park() | Unpark() | Requeue():
+                self._apply_command(memory, operation, at)
+
+    def _apply_command(
+        self, memory: ShardMemory, operation: Reply | KeepOutcome | Park | Unpark | Requeue, at: EpochMs
+    ) -> None:
+        match operation:
+            case Reply(reply_to, outcome, command_id, body):
+                self.replies[reply_to].append((outcome, command_id, body))
+            case KeepOutcome(command_id, body):
+                memory.outcomes[command_id] = body
+            case Park(command_id, first_seen_at, body):
+                memory.troubleshooting[command_id] = body
+                memory.groups[Group.PARKED][command_id] = first_seen_at
+            case Unpark(command_id):
+                memory.troubleshooting.pop(command_id, None)
+                memory.groups[Group.PARKED].pop(command_id, None)
+            case Requeue(event_id, body, attempts, first_seen_at):
+                memory.events.append(Entry(memory.next_id(), at, event_id, body, attempts, first_seen_at))
 
     async def parked(self, shard: int) -> int:
         return len(self.shards[shard].troubleshooting)
+
+    async def parked_commands(self, shard: int, command_ids: Sequence[str]) -> list[bytes | None]:
+        return [self.shards[shard].troubleshooting.get(command_id) for command_id in command_ids]
+
+    async def outcome(self, shard: int, command_id: str) -> bytes | None:
+        return self.shards[shard].outcomes.get(command_id)
+
+    async def is_appended(self, shard: int, command_id: str) -> bool:
+        return command_id in self.shards[shard].seen
 
     async def intake_length(self, shard: int) -> int:
         return len(self.shards[shard].events)
@@ -297,6 +334,25 @@ class MemoryStore:
 
         return behind() or (await self._wait(block_ms) and behind()) or {}
 
+    async def follow(self, updates: Mapping[int, str], replies: Mapping[str, str], count: int, block_ms: int) -> News:
+        def behind() -> News:
+            lanes = {shard: _behind(self.shards[shard].updates, since, count) for shard, since in updates.items()}
+            answers = {reply_to: self._replies_behind(reply_to, since, count) for reply_to, since in replies.items()}
+            return News(
+                {shard: entries for shard, entries in lanes.items() if entries},
+                {reply_to: entries for reply_to, entries in answers.items() if entries},
+            )
+
+        news = behind()
+        if not news.updates and not news.replies and await self._wait(block_ms):
+            news = behind()
+        return news
+
+    def _replies_behind(self, reply_to: str, since: str, count: int) -> list[ReplyEntry]:
+        answers = enumerate(self.replies[reply_to], start=1)
+        entries = [ReplyEntry(f"{place}-0", command_id, body) for place, (_, command_id, body) in answers]
+        return _behind(entries, since, count)
+
     async def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         listener: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(maxsize=10_000)
         self._listeners.append(listener)
@@ -309,7 +365,7 @@ class MemoryStore:
             self._listeners.remove(listener)
 
 
-E = TypeVar("E", Entry, UpdateEntry)
+E = TypeVar("E", Entry, UpdateEntry, ReplyEntry)
 
 
 def _behind(entries: list[E], since: str, count: int) -> list[E]:
@@ -322,8 +378,8 @@ def _audit_id(record: Mapping[str, str]) -> str:
 
 
 def _place(memory: ShardMemory, group: Group, auction_id: str, score: int) -> None:
-    for members in memory.groups.values():
-        members.pop(auction_id, None)
+    for standing in (Group.LIVE, Group.PAUSED, Group.CLOSED):
+        memory.groups[standing].pop(auction_id, None)
     memory.groups[group][auction_id] = score
 
 

@@ -26,7 +26,10 @@ class StoreUnavailableError(StoreError):
 
 
 class IntakeFullError(StoreError):
-    """The intake of a shard holds as many unapplied entries as it may: the engine is behind or down. Nothing was added."""
+    """The intake or the troubleshooting of a shard holds as many entries as it may. Nothing was added.
+
+    The engine is behind or down, or nobody has looked at what could not be applied.
+    """
 
 
 class DeploymentMismatchError(StoreError):
@@ -53,12 +56,17 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An intake entry as it was read. `at` is None if it was not written by `append`: poison."""
+    """An intake entry as it was read. `at` is None if it was not written by `append`: poison.
+
+    `attempts` counts how often it was tried before and went to troubleshooting, the first time at `first_seen_at`.
+    """
 
     stream_id: str
     at: EpochMs | None
     event_id: str
     body: bytes
+    attempts: int = 0
+    first_seen_at: EpochMs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +142,33 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Move a command to troubleshooting."""
+    """Move a command to troubleshooting; it is listed by `first_seen_at`."""
+
+    command_id: str
+    first_seen_at: EpochMs
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unpark:
+    """Take a command out of troubleshooting."""
+
+    command_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """Append an event to the end of the intake, stamped with this commit. It was tried `attempts` times before."""
+
+    event_id: str
+    body: bytes
+    attempts: int
+    first_seen_at: EpochMs
+
+
+@dataclass(frozen=True, slots=True)
+class KeepOutcome:
+    """Remember what became of a command, for whoever asks by its id as long as its repetition is recognised."""
 
     command_id: str
     body: bytes
@@ -152,7 +186,20 @@ class BindOffer:
     forget: bool
 
 
-Operation = PutTimer | PlaceLive | PlacePaused | PlaceClosed | Record | Announce | Reply | Park | BindOffer
+Operation = (
+    PutTimer
+    | PlaceLive
+    | PlacePaused
+    | PlaceClosed
+    | Record
+    | Announce
+    | Reply
+    | Park
+    | Unpark
+    | Requeue
+    | KeepOutcome
+    | BindOffer
+)
 
 
 @dataclass(slots=True)
@@ -244,20 +291,42 @@ class View:
     stream_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReplyEntry:
+    """An answer as it was read from the stream of the one who asked."""
+
+    stream_id: str
+    command_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is new on the event lane, per shard, and on reply streams, per `reply_to`.
+
+    Both are read in one step: the announcements of a commit are never later than its reply.
+    """
+
+    updates: dict[int, list[UpdateEntry]]
+    replies: dict[str, list[ReplyEntry]]
+
+
 class Group(StrEnum):
-    """The three ordered sets: every registered auction stands in exactly one."""
+    """The ordered sets. Every registered auction stands in exactly one of the first three; commands in the last."""
 
     LIVE = "live"
     PAUSED = "paused"
     CLOSED = "closed"
+    PARKED = "parked"
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An auction in one of the ordered sets. `score`: its deadline, its pause or its end."""
+    """A member of an ordered set. `score`: its deadline, its pause or its end; when a parked command was first seen."""
 
     score: int
     auction_id: str
+    """Of a parked command: the command id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +360,9 @@ class AuditStore(Protocol):
 class Intake(Protocol):
     """The producers' side."""
 
-    async def append(self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str) -> list[Appended]:
+    async def append(
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+    ) -> list[Appended]:
         """Append events in order, in one atomic step, and stamp their arrival.
 
         The stamp is `max(last_at, clamp(TIME + offset, est - 250, est + 250))`, so it never goes back and a stepping
@@ -299,26 +370,14 @@ class Intake(Protocol):
         duplicate. Repeating a call with the same `command_id` repeats its answer.
 
         Raises:
-            IntakeFullError: the shard's backlog is at its bound.
+            IntakeFullError: the shard's backlog is at its bound, or its troubleshooting is, which does not hinder operators.
             StoreUnavailableError: no answer in time; repeat with the same `command_id`.
         """
         ...
 
 
-class ShardStore(Protocol):
-    """The engine's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
-
-    async def time_us(self) -> int:
-        """The authority's clock, in microseconds since the Unix epoch."""
-        ...
-
-    async def deployment(self, shards: int) -> None:
-        """Store the shard count at the first start; check it at every other.
-
-        Raises:
-            DeploymentMismatchError: the deployment was started with another shard count or schema.
-        """
-        ...
+class LeaseStore(Protocol):
+    """Who works on a shard. Every method raises `StoreUnavailableError` when no answer comes in time."""
 
     async def claim(self, shard: int, holder: str, seen: Lease | None) -> Lease:
         """Take the lease if it is free, ours, or still exactly as `seen`; return it as it now stands.
@@ -333,6 +392,22 @@ class ShardStore(Protocol):
 
     async def release(self, shard: int, holder: str, epoch: int) -> None:
         """Give the lease back, if it is still ours; the epoch stays."""
+        ...
+
+
+class ShardStore(LeaseStore, Protocol):
+    """The engine's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
+
+    async def time_us(self) -> int:
+        """The authority's clock, in microseconds since the Unix epoch."""
+        ...
+
+    async def deployment(self, shards: int) -> None:
+        """Store the shard count at the first start; check it at every other.
+
+        Raises:
+            DeploymentMismatchError: the deployment was started with another shard count or schema.
+        """
         ...
 
     async def head(self, shard: int) -> ShardHead:
@@ -361,6 +436,10 @@ class ShardStore(Protocol):
 
     async def parked(self, shard: int) -> int:
         """How many commands of the shard are in troubleshooting."""
+        ...
+
+    async def parked_commands(self, shard: int, command_ids: Sequence[str]) -> list[bytes | None]:
+        """These commands as they were parked; None where one is not in troubleshooting."""
         ...
 
     async def intake_length(self, shard: int) -> int:
@@ -392,7 +471,34 @@ class ViewStore(Protocol):
         ...
 
     async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
-        """The next auctions of a group behind `after`: by deadline, by pause, or, for closed ones, the latest end first."""
+        """The next members of a group behind `after`, by score; of closed auctions, the latest end first."""
+        ...
+
+    async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
+        """What these offer ids are bound to."""
+        ...
+
+    async def parked_commands(self, shard: int, command_ids: Sequence[str]) -> list[bytes | None]:
+        """These commands as they were parked; None where one is not in troubleshooting."""
+        ...
+
+    async def parked(self, shard: int) -> int:
+        """How many commands of the shard are in troubleshooting."""
+        ...
+
+    async def outcome(self, shard: int, command_id: str) -> bytes | None:
+        """What became of a command; None if it is not decided, or was never appended to this shard."""
+        ...
+
+    async def is_appended(self, shard: int, command_id: str) -> bool:
+        """Whether an event of this id was appended to this shard, as long as its repetition is recognised."""
+        ...
+
+    async def follow(self, updates: Mapping[int, str], replies: Mapping[str, str], count: int, block_ms: int) -> News:
+        """Entries of the event lane and of reply streams behind the given stream ids, read in one step.
+
+        At most `count` of each stream; waits up to `block_ms` if there are none.
+        """
         ...
 
     async def lease(self, shard: int) -> Lease:

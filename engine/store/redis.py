@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from engine.clock import Clock
 from engine.contract import keys
@@ -29,7 +29,9 @@ from engine.store.protocol import (
     Fenced,
     Group,
     IntakeFullError,
+    KeepOutcome,
     Lease,
+    News,
     Operation,
     Park,
     PlaceClosed,
@@ -39,10 +41,13 @@ from engine.store.protocol import (
     PutTimer,
     Record,
     Reply,
+    ReplyEntry,
+    Requeue,
     ShardHead,
     StoreUnavailableError,
     Superseded,
     Undrained,
+    Unpark,
     UpdateEntry,
     View,
 )
@@ -76,15 +81,7 @@ class RedisStore:
         return names
 
     async def _run(self, script: Script, names: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        client = self.link.commands
-
-        async def attempt() -> Any:
-            try:
-                return await client.execute_command("EVALSHA", script.sha, len(names), *names, *args)
-            except NoScriptError:
-                return await client.execute_command("EVAL", script.source, len(names), *names, *args)
-
-        return await self.link.call(attempt)
+        return await self.link.run(script, names, args)
 
     async def _read(self, *command: str | bytes | int) -> Any:
         return await self.link.call(lambda: self.link.commands.execute_command(*command))
@@ -144,12 +141,15 @@ class RedisStore:
 
     # The producers' side.
 
-    async def append(self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str) -> list[Appended]:
+    async def append(
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+    ) -> list[Appended]:
         names = self._keys(shard)
-        key_names = [names.events, names.cursor]
+        key_names = [names.events, names.cursor, names.parked]
         limits = self.limits
         args: list[str | bytes | int] = [
-            est, limits.stamp_bound_ms, command_id, limits.seen_ms, limits.intake_max, len(drafts),
+            est, limits.stamp_bound_ms, command_id, limits.seen_ms, limits.intake_max,
+            0 if by_operator else limits.troubleshooting_max, len(drafts),
         ]  # fmt: skip
         for draft in drafts:
             seen_ids = (draft.event_id, *draft.seen_ids)
@@ -158,6 +158,10 @@ class RedisStore:
         answer = await self._run(APPEND, key_names, args)
         if answer[0] == b"FULL":
             raise IntakeFullError(f"the intake of shard {shard} holds {int(answer[1])} entries, its bound")
+        if answer[0] == b"TROUBLED":
+            raise IntakeFullError(
+                f"shard {shard} has {int(answer[1])} commands in troubleshooting, its bound: see `ops troubleshooting list`"
+            )
         return [
             Appended(draft.event_id, answer[2 * i + 2] == b"accepted", EpochMs(int(answer[2 * i + 3])))
             for i, draft in enumerate(drafts)
@@ -215,15 +219,20 @@ class RedisStore:
     async def _xread(
         self, streams: Sequence[tuple[str, int, str]], count: int, block_ms: int
     ) -> dict[int, list[tuple[bytes, list[bytes]]]]:
+        names, shards, since = zip(*streams, strict=True)
+        answer = await self._xread_streams(names, since, count, block_ms)
+        shard_of = dict(zip(names, shards, strict=True))
+        return {shard_of[name]: rows for name, rows in answer.items()}
+
+    async def _xread_streams(
+        self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int
+    ) -> dict[str, list[tuple[bytes, list[bytes]]]]:
         block = ("BLOCK", min(block_ms, BLOCK_MS_MAX)) if block_ms > 0 else ()
         client = self.link.blocking if block_ms > 0 else self.link.commands
-        names = [name for name, _, _ in streams]
-        since = [stream_id for _, _, stream_id in streams]
         answer = await self.link.call(
             lambda: client.execute_command("XREAD", "COUNT", count, *block, "STREAMS", *names, *since)
         )
-        shard_of = {name.encode(): shard for name, shard, _ in streams}
-        return {shard_of[name]: rows for name, rows in answer or ()}
+        return {name.decode(): rows for name, rows in answer or ()}
 
     async def commit(self, batch: Batch) -> CommitResult:
         answer = await self._run(COMMIT, *self._spell(batch))
@@ -246,7 +255,7 @@ class RedisStore:
         names = self._keys(batch.shard)
         key_names = [
             names.lease, names.cursor, names.events, names.deadlines, names.paused, names.closed,
-            names.audit, names.updates, names.troubleshooting,
+            names.audit, names.updates, names.troubleshooting, names.parked,
         ]  # fmt: skip
         index: dict[str, int] = {}
 
@@ -262,7 +271,7 @@ class RedisStore:
             batch.epoch, batch.commit_id, batch.est, limits.stamp_bound_ms,
             batch.after.intake, batch.after.chain.seq, batch.due_at or 0,
             batch.intake, batch.chain.seq, batch.chain.hash,
-            limits.closed_retention_ms, limits.updates_max, limits.replies_max, len(batch.versions),
+            limits.closed_retention_ms, limits.updates_max, limits.replies_max, limits.seen_ms, len(batch.versions),
         ]  # fmt: skip
         for auction_id, version in batch.versions.items():
             args += (key(names.timer_prefix + auction_id), version)
@@ -271,7 +280,17 @@ class RedisStore:
         return key_names, args
 
     async def parked(self, shard: int) -> int:
-        return int(await self._read("HLEN", self._keys(shard).troubleshooting))
+        return int(await self._read("ZCARD", self._keys(shard).parked))
+
+    async def parked_commands(self, shard: int, command_ids: Sequence[str]) -> list[bytes | None]:
+        return list(await self._read("HMGET", self._keys(shard).troubleshooting, *command_ids))
+
+    async def outcome(self, shard: int, command_id: str) -> bytes | None:
+        found: bytes | None = await self._read("GET", self._keys(shard).command_prefix + command_id)
+        return found
+
+    async def is_appended(self, shard: int, command_id: str) -> bool:
+        return bool(await self._read("EXISTS", self._keys(shard).seen_prefix + command_id))
 
     async def intake_length(self, shard: int) -> int:
         return int(await self._read("XLEN", self._keys(shard).events))
@@ -316,7 +335,12 @@ class RedisStore:
     async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
         names = self._keys(shard)
         latest_first = group is Group.CLOSED
-        name = {Group.LIVE: names.deadlines, Group.PAUSED: names.paused, Group.CLOSED: names.closed}[group]
+        name = {
+            Group.LIVE: names.deadlines,
+            Group.PAUSED: names.paused,
+            Group.CLOSED: names.closed,
+            Group.PARKED: names.parked,
+        }[group]
         first, last, order = ("+inf", "-inf", ("REV",)) if latest_first else ("-inf", "+inf", ())
         if after:
             first = str(after.score)
@@ -338,7 +362,7 @@ class RedisStore:
 
     async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
         answer = await self._read("XREVRANGE", self._keys(shard).updates, "+", "-", "COUNT", count)
-        return [_update(stream_id, values) for stream_id, values in reversed(answer)]
+        return [update_entry(stream_id, values) for stream_id, values in reversed(answer)]
 
     async def lease(self, shard: int) -> Lease:
         """The lease of a shard, as it stands."""
@@ -349,7 +373,20 @@ class RedisStore:
     async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
         streams = [(self._keys(shard).updates, shard, since) for shard, since in after.items()]
         answer = await self._xread(streams, count, block_ms)
-        return {shard: [_update(stream_id, values) for stream_id, values in rows] for shard, rows in answer.items()}
+        return {shard: [update_entry(stream_id, values) for stream_id, values in rows] for shard, rows in answer.items()}
+
+    async def follow(self, updates: Mapping[int, str], replies: Mapping[str, str], count: int, block_ms: int) -> News:
+        lanes = {self._keys(shard).updates: shard for shard in updates}
+        askers = {keys.replies(reply_to): reply_to for reply_to in replies}
+        since = [*updates.values(), *replies.values()]
+        answer = await self._xread_streams([*lanes, *askers], since, count, block_ms)
+        news = News({}, {})
+        for name, rows in answer.items():
+            if name in lanes:
+                news.updates[lanes[name]] = [update_entry(stream_id, values) for stream_id, values in rows]
+            else:
+                news.replies[askers[name]] = [_reply(stream_id, values) for stream_id, values in rows]
+        return news
 
     async def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         channels = {self._keys(shard).ticks.encode(): shard for shard in shards}
@@ -394,10 +431,20 @@ def _timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | Non
 def _entry(stream_id: bytes, values: list[bytes]) -> Entry:
     if len(values) == 6 and values[0] == b"at" and values[2] == b"id" and values[4] == b"body" and values[1].isdigit():
         return Entry(stream_id.decode(), EpochMs(int(values[1])), values[3].decode(errors="replace"), values[5])
+    if _is_retried(values):
+        at, event_id, body, attempts, first_seen_at = values[1::2]
+        name = event_id.decode(errors="replace")
+        return Entry(stream_id.decode(), EpochMs(int(at)), name, body, int(attempts), EpochMs(int(first_seen_at)))
     return Entry(stream_id.decode(), None, "", b" ".join(values))
 
 
-def _update(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
+def _is_retried(values: list[bytes]) -> bool:
+    return values[::2] == [b"at", b"id", b"body", b"attempts", b"first_seen_at"] and all(
+        values[index].isdigit() for index in (1, 7, 9)
+    )
+
+
+def update_entry(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
     fields = dict(zip(values[::2], values[1::2], strict=True))
     return UpdateEntry(
         stream_id.decode(),
@@ -406,6 +453,11 @@ def _update(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
         int(fields.get(b"version", b"0")),
         fields.get(b"body", b"{}"),
     )
+
+
+def _reply(stream_id: bytes, values: list[bytes]) -> ReplyEntry:
+    fields = dict(zip(values[::2], values[1::2], strict=True))
+    return ReplyEntry(stream_id.decode(), fields.get(b"command_id", b"").decode(), fields.get(b"body", b"{}"))
 
 
 def _record(fields: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -445,9 +497,26 @@ def _spell_operation(operation: Operation, names: ShardKeys, key: Any, args: lis
             args += ("P", 2, auction_id, paused_at)
         case PlaceClosed(auction_id, closed_at):
             args += ("C", 3, auction_id, closed_at, key(names.timer_prefix + auction_id))
-        case Reply(reply_to, outcome, command_id, body):
-            args += ("R", 4, key(keys.replies(reply_to)), outcome, command_id, body)
-        case Park(command_id, body):
-            args += ("Q", 2, command_id, body)
         case BindOffer(offer_id, value, forget):
             args += ("O", 3, key(names.offer_prefix + offer_id), value, int(forget))
+        case Reply() | KeepOutcome() | Park() | Unpark() | Requeue():
+            _spell_command(operation, names, key, args)
+
+
+def _spell_command(
+    operation: Reply | KeepOutcome | Park | Unpark | Requeue,
+    names: ShardKeys,
+    key: Any,
+    args: list[str | bytes | int],
+) -> None:
+    match operation:
+        case Reply(reply_to, outcome, command_id, body):
+            args += ("R", 4, key(keys.replies(reply_to)), outcome, command_id, body)
+        case KeepOutcome(command_id, body):
+            args += ("K", 2, key(names.command_prefix + command_id), body)
+        case Park(command_id, first_seen_at, body):
+            args += ("Q", 3, command_id, first_seen_at, body)
+        case Unpark(command_id):
+            args += ("X", 1, command_id)
+        case Requeue(event_id, body, attempts, first_seen_at):
+            args += ("E", 4, event_id, body, attempts, first_seen_at)

@@ -21,6 +21,7 @@ from engine.store.protocol import (
     Early,
     Fenced,
     Group,
+    KeepOutcome,
     Operation,
     Park,
     PlaceClosed,
@@ -29,9 +30,11 @@ from engine.store.protocol import (
     PutTimer,
     Record,
     Reply,
+    Requeue,
     ShardHead,
     Superseded,
     Undrained,
+    Unpark,
 )
 from tests.contracts.stores import LONG_AGO_MS, Bench
 from tests.engine.domain.examples import IN_STATUS, Status
@@ -41,6 +44,7 @@ PLACE: Final[dict[Group, Callable[[str, EpochMs], Operation]]] = {
     Group.PAUSED: PlacePaused,
     Group.CLOSED: PlaceClosed,
 }
+"""What puts an auction into each group of auctions; commands in troubleshooting are no auctions."""
 
 
 def record(auction_id: str, version: int = 3) -> TimerRecord:
@@ -98,7 +102,11 @@ EVERYTHING: Final[list[Operation]] = [
     PlaceClosed("c", EpochMs(70)),
     Announce("timer.started", "a", 1, b"{}"),
     Reply("inbox-1", "APPLIED", "c-1", b"{}"),
-    Park("c-2", b"{}"),
+    KeepOutcome("c-1", b"{}"),
+    Park("c-2", EpochMs(5), b"{}"),
+    Park("c-3", EpochMs(4), b"{}"),
+    Unpark("c-3"),
+    Requeue("c-3", b"again", 2, EpochMs(4)),
     BindOffer("o-1", "auction a", forget=False),
     BindOffer("o-2", "cancelled {}", forget=True),
 ]
@@ -118,12 +126,15 @@ async def test_a_commit_does_everything_it_says(bench: Bench) -> None:
     assert await bench.store.head(0) == ShardHead("7-0", batch.chain, result.at)
     assert await bench.store.timers(0, ["a", "b", "c"]) == [record("a", 1), record("b", 1), record("c", 1)]
     placed = [[(at.score, at.auction_id) for at in await bench.store.page(0, group, None, 9)] for group in Group]
-    assert placed == [[(50, "a")], [(60, "b")], [(70, "c")]]
+    assert placed == [[(50, "a")], [(60, "b")], [(70, "c")], [(5, "c-2")]]
     assert await bench.audit(0) == [batch.operations[0].fields]  # type: ignore[union-attr]
     (update,) = (await bench.store.read_updates({0: START}, 9, 0))[0]
     assert (update.type, update.auction_id, update.version, update.body) == ("timer.started", "a", 1, b"{}")
     assert await bench.replies("inbox-1") == [("APPLIED", "c-1", b"{}")]
+    assert await bench.store.outcome(0, "c-1") == b"{}"
     assert await bench.troubleshooting(0) == {"c-2": b"{}"}
+    (requeued,) = (await bench.store.read_intake({0: START}, 9, 0))[0]
+    assert (requeued.event_id, requeued.body, requeued.at) == ("c-3", b"again", result.at)
     assert await bench.store.offers(0, ["o-1", "o-2"]) == ["auction a", "cancelled {}"]
 
 
@@ -151,23 +162,25 @@ async def test_operations_happen_in_their_order(bench: Bench) -> None:
         bench,
         *[put("a", version=1), put("a", version=2), PlaceLive("a", EpochMs(50)), PlaceLive("a", EpochMs(55))],
         *[Announce("timer.started", "a", 1, b"1"), Announce("timer.extended", "a", 2, b"2")],
-        *[Reply("r", "APPLIED", "c-1", b"1"), Reply("r", "LATE", "c-2", b"2"), Park("c", b"1"), Park("c", b"2")],
+        *[Reply("r", "APPLIED", "c-1", b"1"), Reply("r", "LATE", "c-2", b"2")],
+        *[Park("c", EpochMs(5), b"1"), Park("c", EpochMs(6), b"2")],
     )
     assert (await bench.store.timers(0, ["a"])) == [record("a", 2)]
     assert [at.score for at in await bench.store.page(0, Group.LIVE, None, 9)] == [55]
     assert [update.body for update in (await bench.store.read_updates({0: START}, 9, 0))[0]] == [b"1", b"2"]
     assert [command_id for _, command_id, _ in await bench.replies("r")] == ["c-1", "c-2"]
     assert await bench.troubleshooting(0) == {"c": b"2"}
+    assert [at.score for at in await bench.store.page(0, Group.PARKED, None, 9)] == [6]
 
 
-@pytest.mark.parametrize("first", list(Group))
-@pytest.mark.parametrize("then", list(Group))
+@pytest.mark.parametrize("first", list(PLACE))
+@pytest.mark.parametrize("then", list(PLACE))
 async def test_an_auction_stands_in_one_group(bench: Bench, first: Group, then: Group) -> None:
     """Whatever group an auction was in, a new place is its only one."""
     await commit(bench, put("a"), PLACE[first]("a", EpochMs(5)))
     await commit(bench, PLACE[then]("a", EpochMs(6)))
-    found = {group: [at.score for at in await bench.store.page(0, group, None, 9)] for group in Group}
-    assert found == {group: [6] if group is then else [] for group in Group}
+    found = {group: [at.score for at in await bench.store.page(0, group, None, 9)] for group in PLACE}
+    assert found == {group: [6] if group is then else [] for group in PLACE}
 
 
 async def test_shards_are_committed_apart(bench: Bench) -> None:

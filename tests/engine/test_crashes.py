@@ -19,7 +19,7 @@ from engine.contract.audit import verify
 from engine.domain.instants import MINUTE_MS
 from engine.domain.policy import ExtensionMode, Policy
 from engine.shard import ShardLostError
-from engine.store.protocol import Committed, Draft, Entry, StoreUnavailableError
+from engine.store.protocol import Committed, Draft, Entry, Group, StoreUnavailableError
 from tests.fakes import events
 from tests.fakes.store import Fault, FaultyStore
 from tests.fakes.world import QUICK, Worker, World, at
@@ -196,8 +196,8 @@ UNSTABLE: Final = {"seq", "prev_hash", "hash", "recorded_at", "intake_id"}
 def without_time(body: bytes) -> Any:
     """A body as it reads but for when it was written."""
     read = orjson.loads(body)
-    for part in (read, read.get("timer") or {}):
-        for name in ("server_time", "remaining_ms"):
+    for part in (read, read.get("timer") or {}, read.get("audit") or {}):
+        for name in ("server_time", "remaining_ms", *UNSTABLE):
             part.pop(name, None)
     return read
 
@@ -213,7 +213,13 @@ def history(world: World) -> dict[str, Any]:
     return {
         "arrivals": [(entry.event_id, entry.at) for entry in shard.events],
         "timers": shard.timers,
-        "groups": shard.groups,
+        "groups": {group: members for group, members in shard.groups.items() if group is not Group.PARKED},
+        "parked": {
+            # What was never stamped counts as seen when it was first looked at.
+            command_id: None if "injected" in command_id else first_seen_at
+            for command_id, first_seen_at in shard.groups[Group.PARKED].items()
+        },
+        "outcomes": {command_id: without_time(body) for command_id, body in shard.outcomes.items()},
         "offers": shard.offers,
         "audit": audit,
         "updates": updates,

@@ -18,6 +18,7 @@ from engine.store.protocol import (
     BindOffer,
     Draft,
     Entry,
+    KeepOutcome,
     Operation,
     Park,
     PlaceClosed,
@@ -204,10 +205,11 @@ def test_records_of_a_batch_are_chained() -> None:
 
 
 def test_a_refusal_writes_no_more_than_its_answer() -> None:
-    """No record, no hash, no announcement, no guard."""
+    """To the one who asked, and for whoever asks later: no record, no hash, no announcement, no guard."""
     auction, at = known(Status.ENDED)
     drafted = Drafted(auction).apply(cancel("lot-7", reply_to="inbox"), at)
-    (reply,) = drafted.operations()
+    reply, kept = drafted.operations()
+    assert kept == KeepOutcome("cancel-lot-7", reply.body)
     assert (reply.reply_to, reply.outcome, reply.command_id) == ("inbox", "REFUSED", "cancel-lot-7")
     body = orjson.loads(reply.body)
     assert {name: body[name] for name in ("error_code", "current_status", "attempted_status", "event_type")} == {

@@ -1,22 +1,24 @@
 #!lua
 -- Append events to the intake of one shard: stamp their arrival, recognise repetitions. One atomic step.
 --
--- KEYS  1 auction:events:{k}   2 auction:cursor:{k}   3.. auction:seen:{k}:<id>, in the order of the drafts
+-- KEYS  1 auction:events:{k}   2 auction:cursor:{k}   3 auction:parked:{k}
+--       4.. auction:seen:{k}:<id>, in the order of the drafts
 -- ARGV  1 est: the caller's estimate of the auction clock, ms
 --       2 bound of the stamp around est, ms
 --       3 command id: the same one again repeats the answer
 --       4 how long a repetition is recognised, ms
 --       5 bound of the stream's length
---       6 number of drafts; then for each: event id, number of its seen ids, body
+--       6 bound of the commands in troubleshooting, or 0: an operator's command is never refused for them
+--       7 number of drafts; then for each: event id, number of its seen ids, body
 -- Returns {"OK", stamp, then for each draft: "accepted" or "duplicate", its arrival}
---         {"FULL", length} and nothing is added
+--         {"FULL", length} or {"TROUBLED", commands in troubleshooting}, and nothing is added
 --
 -- The stamp never goes back (last_at), and a server whose clock steps can falsify it by no more than the bound.
 -- Not allowed when the server is out of memory: a bid that cannot be kept must not be promised.
 local events, cursor = KEYS[1], KEYS[2]
 local est, bound = tonumber(ARGV[1]), tonumber(ARGV[2])
 local command_id, seen_ms, length_max = ARGV[3], ARGV[4], tonumber(ARGV[5])
-local drafts = tonumber(ARGV[6])
+local troubled_max, drafts = tonumber(ARGV[6]), tonumber(ARGV[7])
 
 local head = redis.call('HMGET', cursor, 'last_at', 'offset')
 local time = redis.call('TIME')
@@ -27,7 +29,7 @@ local stamp = string.format('%.0f', now)
 
 local length = redis.call('XLEN', events)
 local answer = {'OK', stamp}
-local key, arg, added = 3, 7, false
+local key, arg, added = 4, 8, false
 for n = 1, drafts do
   local event_id, ids, body = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
   local mark = false
@@ -43,6 +45,9 @@ for n = 1, drafts do
     -- Looked at only when something is to be added: the call that took the last places can still be repeated.
     if not added and length + drafts - n + 1 > length_max then
       return {'FULL', tostring(length)}
+    end
+    if not added and troubled_max > 0 and redis.call('ZCARD', KEYS[3]) >= troubled_max then
+      return {'TROUBLED', tostring(redis.call('ZCARD', KEYS[3]))}
     end
     redis.call('XADD', events, '*', 'at', stamp, 'id', event_id, 'body', body)
     for i = key, key + ids - 1 do

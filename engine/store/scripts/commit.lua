@@ -4,12 +4,13 @@
 --
 -- KEYS  1 auction:lease:{k}      2 auction:cursor:{k}   3 auction:events:{k}   4 auction:deadlines:{k}
 --       5 auction:paused:{k}     6 auction:closed:{k}   7 auction:audit:{k}    8 auction:updates:{k}
---       9 auction:troubleshooting:{k}                  10.. timer hashes, reply streams, offer keys: ARGV names them by index
+--       9 auction:troubleshooting:{k}                  10 auction:parked:{k}
+--       11.. timer hashes, reply streams, offer and command keys: ARGV names them by index
 -- ARGV  1 epoch                  2 commit id            3 est, ms              4 bound of the stamp around est, ms
 --       5 intake id it builds on 6 audit seq it builds on                      7 due_at, ms, or 0
 --       8 intake id it leads to  9 audit seq            10 audit hash
 --      11 retention of closed auctions, ms             12 length of the event lane  13 length of a reply stream
---      14 number of version guards; then for each: key index, version
+--      14 how long a repetition is recognised, ms      15 number of version guards; then for each: key index, version
 --      then the operations: letter, number of arguments, arguments
 --        T key n   field, value, ...      write fields of a timer hash
 --        L id, score                      live: deadline
@@ -18,13 +19,16 @@
 --        A field, value, ...              audit record
 --        U type, id, version, body        event lane
 --        R key, outcome, command id, body reply
---        Q command id, body               troubleshooting
+--        Q command id, first seen at, body  into troubleshooting
+--        X command id                     out of troubleshooting
+--        E id, body, attempts, first seen at  end of the intake, stamped with this commit
+--        K key, body                      outcome of a command
 --        O key, value, forget             offer binding
 -- Returns {"OK", stamp} | {"FENCED", epoch} | {"SUPERSEDED", what} | {"EARLY", ms} | {"UNDRAINED"}
 --
 -- allow-oom: a close must commit when the server is out of memory; what it adds is bounded, what it frees is not less.
 local lease, cursor, events, deadlines, paused, closed = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local audit, updates, troubleshooting = KEYS[7], KEYS[8], KEYS[9]
+local audit, updates, troubleshooting, parked = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 
 local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit', 'commit_at')
 if head[5] == ARGV[2] then
@@ -41,8 +45,8 @@ if (head[2] or '0') ~= ARGV[6] then
   return {'SUPERSEDED', 'audit ' .. (head[2] or '0')}
 end
 
-local arg = 15
-for _ = 1, tonumber(ARGV[14]) do
+local arg = 16
+for _ = 1, tonumber(ARGV[15]) do
   local key = KEYS[tonumber(ARGV[arg])]
   local version = redis.call('HGET', key, 'version') or '0'
   if version ~= ARGV[arg + 1] then
@@ -73,7 +77,8 @@ if due_at > 0 then
   end
 end
 
-local retention, updates_max, replies_max = ARGV[11], ARGV[12], ARGV[13]
+local stamp = string.format('%.0f', now)
+local retention, updates_max, replies_max, seen_ms = ARGV[11], ARGV[12], ARGV[13], ARGV[14]
 local count = #ARGV
 while arg <= count do
   local op, n = ARGV[arg], tonumber(ARGV[arg + 1])
@@ -102,9 +107,18 @@ while arg <= count do
     local key = KEYS[tonumber(ARGV[a])]
     redis.call('XADD', key, 'MAXLEN', '~', replies_max, '*',
       'outcome', ARGV[a + 1], 'command_id', ARGV[a + 2], 'body', ARGV[a + 3])
-    redis.call('PEXPIRE', key, retention)
+    redis.call('PEXPIRE', key, seen_ms)
   elseif op == 'Q' then
-    redis.call('HSET', troubleshooting, ARGV[a], ARGV[a + 1])
+    redis.call('HSET', troubleshooting, ARGV[a], ARGV[a + 2])
+    redis.call('ZADD', parked, ARGV[a + 1], ARGV[a])
+  elseif op == 'X' then
+    redis.call('HDEL', troubleshooting, ARGV[a])
+    redis.call('ZREM', parked, ARGV[a])
+  elseif op == 'E' then
+    redis.call('XADD', events, '*', 'at', stamp, 'id', ARGV[a], 'body', ARGV[a + 1],
+      'attempts', ARGV[a + 2], 'first_seen_at', ARGV[a + 3])
+  elseif op == 'K' then
+    redis.call('SET', KEYS[tonumber(ARGV[a])], ARGV[a + 1], 'PX', seen_ms)
   elseif op == 'O' then
     local key = KEYS[tonumber(ARGV[a])]
     redis.call('SET', key, ARGV[a + 1])
@@ -115,7 +129,6 @@ while arg <= count do
   arg = z + 1
 end
 
-local stamp = string.format('%.0f', now)
 redis.call('HSET', cursor, 'intake', ARGV[8], 'seq', ARGV[9], 'hash', ARGV[10],
   'last_at', stamp, 'commit', ARGV[2], 'commit_at', stamp)
 return {'OK', stamp}

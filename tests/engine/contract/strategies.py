@@ -7,12 +7,13 @@ import orjson
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from engine.contract.intake import AMOUNT_MINOR_MAX, Actor, Context, EventType, IntakeEvent
+from engine.contract.intake import AMOUNT_MINOR_MAX, Actor, CommandType, Context, Discard, EventType, IntakeEvent, Retry
 from engine.contract.timers import TimerRecord
 from engine.domain.auction import Auction, Offer, Registration
-from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume
+from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.fold import fold
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
+from engine.domain.withdrawal import NOTE_CHARS_MAX, WithdrawalReason
 from tests.engine.domain.examples import AUCTION_ID
 from tests.engine.domain.strategies import logs, policies
 
@@ -20,6 +21,7 @@ ID_CHARACTERS: Final = "ABCXYZabcxyz0189._:-"
 
 texts = st.text(max_size=20)
 maybe_texts = st.none() | texts
+reasons = st.text(min_size=1, max_size=20)
 amounts = st.none() | st.integers(0, AMOUNT_MINOR_MAX)
 instants = st.one_of(st.sampled_from([1, EPOCH_MS_MAX]), st.integers(1, EPOCH_MS_MAX)).map(EpochMs)
 auction_ids = st.text(ID_CHARACTERS, min_size=1, max_size=128)
@@ -47,6 +49,13 @@ bids = st.builds(
     leader_changed=st.booleans(),
     origin=maybe_texts,
 )
+withdrawals = st.builds(
+    Withdraw,
+    reason_code=st.sampled_from(WithdrawalReason),
+    default_window_minutes=st.integers(0, 10**6),
+    note=st.none() | st.text(max_size=NOTE_CHARS_MAX),
+    device=maybe_texts,
+)
 
 
 @st.composite
@@ -57,7 +66,7 @@ def full_registrations(draw: DrawFn, auction_id: str = AUCTION_ID) -> Registrati
     return Registration(auction_id, EpochMs(starts_at), EpochMs(ends_at), draw(policies()), draw(offers))
 
 
-def events(event_type: EventType, auction_id: str) -> SearchStrategy[InputEvent]:
+def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrategy[InputEvent | Retry | Discard]:
     """An event of this type."""
     match event_type:
         case EventType.AUCTION_STARTED:
@@ -65,17 +74,23 @@ def events(event_type: EventType, auction_id: str) -> SearchStrategy[InputEvent]
         case EventType.BID_ACCEPTED:
             return bids
         case EventType.OFFER_CANCELLED | EventType.CANCEL_REQUESTED:
-            return st.builds(Cancel, texts.filter(lambda text: 0 < len(text) <= 500))
+            return st.builds(Cancel, reasons)
         case EventType.PAUSE_REQUESTED:
             return st.builds(Pause, maybe_texts)
         case EventType.RESUME_REQUESTED:
             return st.builds(Resume, maybe_texts)
         case EventType.SCHEDULE_CHANGED:
             return st.builds(Reschedule, instants, maybe_texts)
+        case CommandType.OFFER_CANCEL_REQUESTED:
+            return withdrawals
+        case CommandType.RETRY_REQUESTED:
+            return st.builds(Retry, texts, maybe_texts)
+        case CommandType.DISCARD_REQUESTED:
+            return st.builds(Discard, texts, reasons)
 
 
 @st.composite
-def intake_events(draw: DrawFn, types: tuple[EventType, ...] = tuple(EventType)) -> IntakeEvent:
+def intake_events(draw: DrawFn, types: tuple[EventType | CommandType, ...] = (*EventType, *CommandType)) -> IntakeEvent:
     """A readable input event of any of `types`; a cancelled offer may be named by its offer id alone."""
     event_type, auction_id = draw(st.sampled_from(types)), draw(auction_ids)
     context = Context(
@@ -88,6 +103,8 @@ def intake_events(draw: DrawFn, types: tuple[EventType, ...] = tuple(EventType))
         occurred_at=draw(st.none() | instants),
     )
     event = draw(events(event_type, auction_id))
+    if isinstance(event, Retry | Discard):
+        return IntakeEvent(context, event, None)
     if event_type is EventType.OFFER_CANCELLED and draw(st.booleans()):
         return IntakeEvent(context, event, None, draw(texts))
     return IntakeEvent(context, event, auction_id)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from engine.contract.frames import OVER, Update, announce, is_frame
+from engine.contract.intake import Actor
 from engine.contract.timers import TimerRecord, timer
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision, Fact, decide
@@ -31,6 +32,8 @@ from tests.engine.domain.strategies import Log, logs
 NOW: Final = at(50 * MINUTE_MS + 7)
 # In every entry. A gateway adds `cursor` and the time of sending.
 HEAD: Final = {"type", "auction_id", "server_time", "trace_id", "correlation_id", "occurred_at"}
+OFFER: Final = {"offer_id", "maker_id", "buyer_id", "amount_minor", "currency", "actor"}
+CANCELLED_OFFER: Final = OFFER | {"reason", "note"}
 BID: Final = {"bid_id", "amount_minor", "currency", "bidder_id", "extended"}
 
 # What each fact is to the outside: the updates in their order, each with what it has besides `HEAD`.
@@ -41,6 +44,12 @@ ANNOUNCED: Final[dict[Fact, list[tuple[str, set[str]]]]] = {
     Fact.CLOSING: [("timer.closing", {"timer"})],
     Fact.ENDED: [("timer.ended", {"timer"})],
     Fact.CANCELLED: [("timer.cancelled", {"timer", "reason"})],
+    Fact.OFFER_CANCELLED: [
+        ("timer.cancelled", {"timer", "reason"}),
+        ("offers.cancelled", CANCELLED_OFFER),
+        ("offers.cancellation.completed", CANCELLED_OFFER),
+        ("offers.payment_hold.release_requested", CANCELLED_OFFER),
+    ],
     Fact.PAUSED: [("timer.paused", {"timer", "reason"})],
     Fact.RESUMED: [("timer.resumed", {"timer", "reason", "previous_ends_at"})],
     Fact.RESCHEDULED: [("timer.rescheduled", {"timer", "reason", "previous_ends_at"})],
@@ -50,6 +59,15 @@ ANNOUNCED: Final[dict[Fact, list[tuple[str, set[str]]]]] = {
     ],
     Fact.BID_ACCEPTED: [("bid.accepted", BID)],
     Fact.LATE_BID_IGNORED: [],
+}
+
+
+BUYER: Final = Actor("buyer", "buyer-1")
+NOT_FOR_SOCKETS: Final = {
+    "auction_timer_started",
+    "offers.cancelled",
+    "offers.cancellation.completed",
+    "offers.payment_hold.release_requested",
 }
 
 
@@ -66,6 +84,7 @@ DECISIONS: Final[dict[Fact, Decision]] = {
     Fact.CLOSING: told(Status.ACTIVE, Trigger.OPEN_WINDOW),
     Fact.ENDED: told(Status.CLOSING, Trigger.REACH_DEADLINE),
     Fact.CANCELLED: told(Status.ACTIVE, Trigger.CANCEL),
+    Fact.OFFER_CANCELLED: told(Status.ACTIVE, Trigger.WITHDRAW),
     Fact.PAUSED: told(Status.CLOSING, Trigger.PAUSE),
     Fact.RESUMED: told(Status.PAUSED, Trigger.RESUME),
     Fact.RESCHEDULED: told(Status.CLOSING, Trigger.RESCHEDULE),
@@ -78,7 +97,7 @@ DECISIONS: Final[dict[Fact, Decision]] = {
 def announced(decision: Decision) -> list[Update]:
     """What `decision` announces at `NOW`."""
     record = TimerRecord(decision.after, "trace-1", "req-0")
-    return announce(decision, record, trace_id="trace-2", correlation_id="req-2", now=NOW)
+    return announce(decision, record, actor=BUYER, trace_id="trace-2", correlation_id="req-2", now=NOW)
 
 
 def bodies(decision: Decision) -> list[dict[str, Any]]:
@@ -200,11 +219,10 @@ def test_a_start_after_its_cancellation_is_not_announced() -> None:
 
 @pytest.mark.requirement("R14")
 def test_what_goes_to_sockets() -> None:
-    """Timers and bids are frames; the analytics event is for the outbound bus only; two frames end the conversation."""
+    """Timers and bids are frames; analytics and offers are for the outbound bus only; two frames end the conversation."""
     types = [update_type for updates in ANNOUNCED.values() for update_type, _ in updates]
-    assert [update_type for update_type in types if not is_frame(update_type)] == ["auction_timer_started"]
+    assert {update_type for update_type in types if not is_frame(update_type)} == NOT_FOR_SOCKETS
     assert {"timer.ended", "timer.cancelled"} == OVER
-    assert not is_frame("offers.cancelled")
 
 
 @pytest.mark.requirement("B1")
@@ -212,17 +230,20 @@ def test_what_goes_to_sockets() -> None:
 @given(logs())
 def test_any_history_is_announced_in_full(log: Log) -> None:
     """In any history each fact announces what the table above says, and nothing follows a frame that says it is over."""
-    auction, over = Auction("lot-7"), False
+    auction, over_at = Auction("lot-7"), None
     for event, arrival in log:
         for decision in fold(auction, event, arrival):
             auction = decision.after
             expected = ANNOUNCED[decision.fact] if decision.fact else []
+            if decision.fact is Fact.OFFER_CANCELLED and auction.registered.offer.amount_minor == 500:
+                expected = [*expected, ("offers.cancellation.high_value", CANCELLED_OFFER)]
             updates = announced(decision)
             assert [update.type for update in updates] == [update_type for update_type, _ in expected]
             for update in updates:
-                assert not over, "something was announced after the end"
+                assert over_at in (None, auction.version), "something was announced after the end"
+                assert not (over_at and is_frame(update.type)), "a socket was told something after the end"
                 assert update.version == auction.version
-                over = update.type in OVER
+                over_at = auction.version if update.type in OVER else over_at
 
 
 def test_the_examples_cover_every_fact() -> None:

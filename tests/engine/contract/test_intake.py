@@ -14,9 +14,12 @@ from engine.contract.intake import (
     BODY_BYTES_MAX,
     SCHEDULER,
     Actor,
+    CommandType,
     Context,
+    Discard,
     EventType,
     IntakeEvent,
+    Retry,
     SchemaError,
     decode,
     encode,
@@ -24,9 +27,10 @@ from engine.contract.intake import (
     read_policy,
 )
 from engine.domain.auction import Offer, Registration
-from engine.domain.events import Bid, Cancel, Pause, Register, Reschedule, Resume
+from engine.domain.events import Bid, Cancel, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.policy import ExtendsOn, ExtensionMode, Policy
+from engine.domain.withdrawal import WithdrawalReason
 from tests.engine.contract.strategies import auction_ids, intake_events, json_values, mutated, offers
 from tests.engine.domain.strategies import policies
 
@@ -91,14 +95,22 @@ EVENTS = {
         {"ends_at": 1_800_007_200_000, "reason": "hall"},
         Reschedule(EpochMs(1_800_007_200_000), "hall"),
     ),
+    CommandType.OFFER_CANCEL_REQUESTED: (
+        {"reason_code": "changed_mind", "default_window_minutes": 30, "note": "sorry", "device": "phone-1"},
+        Withdraw(WithdrawalReason.CHANGED_MIND, 30, "sorry", "phone-1"),
+    ),
+    CommandType.RETRY_REQUESTED: ({"command_id": "bid-9", "reason": "known now"}, Retry("bid-9", "known now")),
+    CommandType.DISCARD_REQUESTED: ({"command_id": "bid-9", "reason": "a test"}, Discard("bid-9", "a test")),
 }
+Type = EventType | CommandType
+ABOUT_A_COMMAND = {CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED}
 
 
-def body_of(event_type: EventType = EventType.BID_ACCEPTED, **changes: Any) -> dict[str, Any]:
+def body_of(event_type: Type = EventType.BID_ACCEPTED, **changes: Any) -> dict[str, Any]:
     """The normalised body of an example event, with some of its fields changed."""
     return {
         "type": event_type.value,
-        "auction_id": "lot-7",
+        "auction_id": None if event_type in ABOUT_A_COMMAND else "lot-7",
         "offer_id": None,
         "trace_id": "trace-1",
         "correlation_id": "req-1",
@@ -115,7 +127,7 @@ def read(body: Any) -> IntakeEvent:
 
 
 def test_the_event_types_are_the_published_ones() -> None:
-    """Seven types come in, spelled as in the contract."""
+    """Seven types come from producers, spelled as in the contract; three more are made from requests."""
     assert [event_type.value for event_type in EventType] == [
         "offers.auction.started",
         "auctions.bid.accepted",
@@ -125,11 +137,17 @@ def test_the_event_types_are_the_published_ones() -> None:
         "auctions.resume.requested",
         "auctions.schedule.changed",
     ]
+    assert set(EVENTS) == {*EventType, *CommandType}
+    assert {event_type.value for event_type in CommandType} == {
+        "offers.cancel.requested",
+        "troubleshooting.retry.requested",
+        "troubleshooting.cancel.requested",
+    }
 
 
 @pytest.mark.requirement("R1")
-@pytest.mark.parametrize("event_type", EventType)
-def test_each_type_means_its_event(event_type: EventType) -> None:
+@pytest.mark.parametrize("event_type", EVENTS)
+def test_each_type_means_its_event(event_type: Type) -> None:
     """A body of each type is read into the event it stands for, with everything that accompanied it."""
     assert read(body_of(event_type)) == IntakeEvent(
         Context(
@@ -142,20 +160,20 @@ def test_each_type_means_its_event(event_type: EventType) -> None:
             occurred_at=EpochMs(1_800_000_100_000),
         ),
         EVENTS[event_type][1],
-        "lot-7",
+        None if event_type in ABOUT_A_COMMAND else "lot-7",
     )
 
 
-@pytest.mark.parametrize("event_type", EventType)
-def test_the_written_body_is_the_documented_one(event_type: EventType) -> None:
+@pytest.mark.parametrize("event_type", EVENTS)
+def test_the_written_body_is_the_documented_one(event_type: Type) -> None:
     """What `encode` writes is, field by field, the normalised body."""
     assert orjson.loads(encode(read(body_of(event_type)))) == body_of(event_type)
 
 
-@pytest.mark.parametrize("event_type", EventType)
+@pytest.mark.parametrize("event_type", EVENTS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_an_event_reads_back_as_it_was_written(event_type: EventType, data: st.DataObject) -> None:
+def test_an_event_reads_back_as_it_was_written(event_type: Type, data: st.DataObject) -> None:
     """Whatever an event of this type carries, the engine reads exactly what the gateway wrote."""
     event = data.draw(intake_events((event_type,)))
     assert decode(event.context.event_id, encode(event)) == event
@@ -183,7 +201,7 @@ def test_no_bytes_break_the_reader(body: bytes) -> None:
     st.one_of(
         json_values,
         st.dictionaries(st.sampled_from(list(body_of())), json_values),
-        st.builds(body_of, st.sampled_from(EventType), detail=json_values),
+        st.builds(body_of, st.sampled_from(list(EVENTS)), detail=json_values),
     )
 )
 def test_no_json_breaks_the_reader(body: Any) -> None:
@@ -193,7 +211,7 @@ def test_no_json_breaks_the_reader(body: Any) -> None:
 
 @pytest.mark.requirement("R29")
 @settings(max_examples=150, deadline=None)
-@given(mutated(st.sampled_from(EventType).map(lambda event_type: orjson.dumps(body_of(event_type)))))
+@given(mutated(st.sampled_from(list(EVENTS)).map(lambda event_type: orjson.dumps(body_of(event_type)))))
 def test_no_damaged_body_breaks_the_reader(body: bytes) -> None:
     """A valid body with some of its fields lost or overwritten is either still readable or a schema error."""
     check_readable_or_refused(body)
@@ -201,8 +219,8 @@ def test_no_damaged_body_breaks_the_reader(body: bytes) -> None:
 
 @pytest.mark.requirement("R29")
 @settings(max_examples=100, deadline=None)
-@given(event_type=st.sampled_from(EventType), data=st.data())
-def test_no_flipped_byte_breaks_the_reader(event_type: EventType, data: st.DataObject) -> None:
+@given(event_type=st.sampled_from(list(EVENTS)), data=st.data())
+def test_no_flipped_byte_breaks_the_reader(event_type: Type, data: st.DataObject) -> None:
     """A valid body with one byte changed, or cut short, is either still readable or a schema error."""
     body = bytearray(orjson.dumps(body_of(event_type)))
     index = data.draw(st.integers(0, len(body) - 1))
@@ -220,7 +238,8 @@ def check_readable_or_refused(body: bytes) -> None:
     except SchemaError:
         return
     assert decode("event-1", encode(event)) == event
-    assert (event.auction_id is None) != (event.offer_id is None)
+    named = (event.auction_id is not None) + (event.offer_id is not None)
+    assert named == 1 or (isinstance(event.event, Retry | Discard) and event.offer_id is None)
 
 
 @pytest.mark.requirement("R29")
@@ -304,7 +323,7 @@ def test_an_offer_is_cancelled_by_either_id() -> None:
     assert (by_offer.auction_id, by_offer.offer_id) == (None, "offer-1")
     by_both = read(body_of(EventType.OFFER_CANCELLED, offer_id="offer-1"))
     assert (by_both.auction_id, by_both.offer_id) == ("lot-7", None)
-    for event_type in set(EventType) - {EventType.OFFER_CANCELLED}:
+    for event_type in set(EVENTS) - {EventType.OFFER_CANCELLED} - ABOUT_A_COMMAND:
         with pytest.raises(SchemaError, match=r"^auction_id is missing$"):
             read(body_of(event_type, auction_id=None, offer_id="offer-1"))
 

@@ -2,7 +2,7 @@
 
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision, Fact
-from engine.domain.events import Event, Reschedule
+from engine.domain.events import Event, Reschedule, Withdraw
 from engine.domain.lifecycle import ATTEMPTED, LIFECYCLE, Verdict
 from engine.domain.refusals import RefusalCode
 
@@ -15,6 +15,8 @@ _UNREACHABLE_END = {
     RefusalCode.SCHEDULE_BEFORE_START,
     RefusalCode.SCHEDULE_BEYOND_CAP,
 }
+_OUT_OF_REACH = _UNREACHABLE_END | {RefusalCode.WINDOW_EXPIRED}
+"""Refusals that name instants; the others name the auction."""
 
 
 def check_decision(before: Auction, event: Event, decision: Decision) -> None:
@@ -24,6 +26,10 @@ def check_decision(before: Auction, event: Event, decision: Decision) -> None:
     if cell.verdict in (Verdict.MOVE, Verdict.STAY):
         if isinstance(event, Reschedule) and not decision.changed:
             _check_reschedule_without_effect(before, event, decision)
+        elif isinstance(event, Withdraw) and not decision.changed:
+            _check_refused(before, event, decision)
+            assert decision.refusal is not None
+            assert decision.refusal.code is RefusalCode.WINDOW_EXPIRED
         else:
             assert decision.fact is not None
             assert decision.after.status in (cell.to or (before.status,))
@@ -62,7 +68,7 @@ def _check_refused(before: Auction, event: Event, decision: Decision) -> None:
     assert decision.refusal is not None
     assert decision.refusal.current_status == before.status.value
     assert decision.refusal.attempted_status == ATTEMPTED[event.trigger].value
-    assert before.auction_id in decision.refusal.message or decision.refusal.code in _UNREACHABLE_END
+    assert before.auction_id in decision.refusal.message or decision.refusal.code in _OUT_OF_REACH
 
 
 def _check_reschedule_without_effect(before: Auction, event: Reschedule, decision: Decision) -> None:

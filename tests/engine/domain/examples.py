@@ -17,11 +17,13 @@ from engine.domain.events import (
     Reschedule,
     Resume,
     Start,
+    Withdraw,
 )
 from engine.domain.fold import elapse, fold
 from engine.domain.instants import HOUR_MS, MINUTE_MS, EpochMs
 from engine.domain.lifecycle import Status, Trigger
 from engine.domain.policy import Policy
+from engine.domain.withdrawal import WithdrawalReason
 
 AUCTION_ID: Final = "lot-7"
 
@@ -98,4 +100,7 @@ FOR_TRIGGER: Final[dict[Trigger, Event]] = {
     Trigger.PAUSE: Pause("fire alarm"),
     Trigger.RESUME: Resume("all clear"),
     Trigger.RESCHEDULE: Reschedule(at(2 * HOUR_MS), "hall is booked longer"),
+    Trigger.WITHDRAW: Withdraw(
+        WithdrawalReason.CHANGED_MIND, default_window_minutes=60, note="sorry", device="phone-1"
+    ),
 }

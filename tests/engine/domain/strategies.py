@@ -5,8 +5,8 @@ from typing import Final
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from engine.domain.auction import Auction, Registration
-from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume
+from engine.domain.auction import Auction, Offer, Registration
+from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.fold import fold
 from engine.domain.instants import HOUR_MS, MINUTE_MS, SECOND_MS, EpochMs
 from engine.domain.policy import (
@@ -20,6 +20,7 @@ from engine.domain.policy import (
     ExtensionMode,
     Policy,
 )
+from engine.domain.withdrawal import WithdrawalReason
 from tests.engine.domain.examples import AUCTION_ID, T0
 
 Log = list[tuple[InputEvent, EpochMs]]
@@ -64,11 +65,22 @@ def policies() -> SearchStrategy[Policy]:
     return st.one_of(usual, anything, anything)
 
 
+_OFFERS: Final = [
+    Offer(),
+    Offer("offer-1", amount_minor=500, auto_reject_threshold_minor=499),
+    Offer("offer-2", offer_created_at=EpochMs(T0 - HOUR_MS), modification_window_minutes=75),
+    Offer("offer-3", modification_window_minutes=0),
+]
+
+
 @st.composite
 def registrations(draw: DrawFn, around: EpochMs = T0, spread_ms: int = 10 * MINUTE_MS) -> Registration:
     """A registration that starts up to `spread_ms` before or after `around`."""
     starts_at = around + draw(st.one_of(st.just(0), st.integers(-spread_ms, spread_ms)))
-    return Registration(AUCTION_ID, EpochMs(starts_at), EpochMs(starts_at + draw(durations_ms())), draw(policies()))
+    ends_at = starts_at + draw(durations_ms())
+    return Registration(
+        AUCTION_ID, EpochMs(starts_at), EpochMs(ends_at), draw(policies()), draw(st.sampled_from(_OFFERS))
+    )
 
 
 # Drawn in one choice each: logs are what most properties are about, and a draw costs more than the fold of an event.
@@ -77,6 +89,7 @@ _REPERTOIRE: Final[list[InputEvent]] = [
     *[Pause("alarm"), Resume(), Resume("all clear")] * 3,
     *[Reschedule(EpochMs(T0 + minutes * MINUTE_MS)) for minutes in (-30, 0, 20, 30, 40, 60, 75, 120, 25 * 60)],
     *[Register(Registration(AUCTION_ID, T0, EpochMs(T0 + HOUR_MS))), Cancel("withdrawn")],
+    Withdraw(WithdrawalReason.OTHER, default_window_minutes=20, note="sorry"),
 ]
 _GAPS_MS: Final = [1, 0, 1, *[minutes * MINUTE_MS for minutes in (1, 1, 2, 3, 4, 5, 5, 6, 8, 10, 14, 15, 16, 30, 600)]]
 

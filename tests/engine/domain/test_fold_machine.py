@@ -23,10 +23,12 @@ from hypothesis.stateful import (
 from engine.domain.auction import Auction, Registration
 from engine.domain.cadence import next_tick_at
 from engine.domain.decide import Decision, Fact
-from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume
+from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.fold import elapse, fold, next_due
 from engine.domain.instants import HOUR_MS, MINUTE_MS, EpochMs
 from engine.domain.lifecycle import Status
+from engine.domain.refusals import RefusalCode
+from engine.domain.withdrawal import WithdrawalReason
 from tests.engine.domain.checks import check_auction, check_decision, check_extension
 from tests.engine.domain.examples import AUCTION_ID, T0
 from tests.engine.domain.strategies import Log, gaps_ms, registrations
@@ -135,6 +137,17 @@ class FoldMachine(RuleBasedStateMachine):
         edges = {"now": self.now, "start": standing.registered.starts_at, "cap": standing.cap_ends_at}
         self.tell(Reschedule(EpochMs(edges[edge] + past_ms)))
 
+    @precondition(lambda self: self.sleeper.registration is not None)
+    @rule(early_ms=st.sampled_from([-1, 0, 0, 0, 1]))
+    def withdraw_near_the_end_of_the_window(self, early_ms: int) -> None:
+        """The offer is cancelled about when a window of whole minutes runs out: at the last instant, or just too late."""
+        registered = self.sleeper.registered
+        begins_at = registered.offer.offer_created_at or registered.starts_at
+        own_minutes = registered.offer.modification_window_minutes
+        minutes = max(0, (self.now - begins_at) // MINUTE_MS + 1) if own_minutes is None else own_minutes
+        self.now = EpochMs(max(self.now, begins_at + minutes * MINUTE_MS - early_ms))
+        self.tell(Withdraw(WithdrawalReason.OTHER, minutes))
+
     @rule(data=st.data(), kind=st.sampled_from(["pause", "resume", "cancel", "register", "repeat", "repeat"]))
     def something_out_of_place(self, data: st.DataObject, kind: str) -> None:
         """An event that fits rarely: a cancellation, another registration, a repeated one, a pause of the paused."""
@@ -193,6 +206,8 @@ class FoldMachine(RuleBasedStateMachine):
             self.check_bid(before, own)
         if isinstance(event, Reschedule):
             self.check_reschedule(event.ends_at, own)
+        if isinstance(event, Withdraw):
+            self.check_withdrawal(event.default_window_minutes, own)
         for decision in decisions:
             self.check_fact(decision)
         if before.status.is_terminal:
@@ -227,6 +242,21 @@ class FoldMachine(RuleBasedStateMachine):
         assert (own.refusal is None) == in_reach
         assert own.changed == (in_reach and ends_at != before.ends_at)
         assert own.after.ends_at == (ends_at if in_reach else before.ends_at)
+
+    def check_withdrawal(self, default_minutes: int, own: Decision) -> None:
+        """An offer is cancelled exactly while its auction is not over and its own window, or the default one, is open."""
+        before, in_window = own.before, False
+        if before.registration is not None:
+            offer, begins_at = before.registration.offer, before.registration.starts_at
+            minutes = offer.modification_window_minutes
+            begins_at = offer.offer_created_at or begins_at
+            in_window = self.now < begins_at + 60_000 * (default_minutes if minutes is None else minutes)
+        open_auction = before.registration is not None and not before.status.is_terminal
+        assert own.changed == (open_auction and in_window)
+        assert (own.fact is Fact.OFFER_CANCELLED) == own.changed
+        if not own.changed:
+            assert own.refusal is not None
+            assert (own.refusal.code is RefusalCode.WINDOW_EXPIRED) == open_auction
 
     def check_fact(self, decision: Decision) -> None:
         """Keep the books, and hold what happened against them."""
@@ -290,7 +320,7 @@ class FoldMachine(RuleBasedStateMachine):
             assert later.before is earlier.after
         count = Counter(decision.fact for decision in self.slept)
         final = self.slept[-1].after if self.slept else Auction(AUCTION_ID)
-        over = count[Fact.ENDED] + count[Fact.CANCELLED] + count[Fact.TOMBSTONED]
+        over = sum(count[fact] for fact in (Fact.ENDED, Fact.CANCELLED, Fact.OFFER_CANCELLED, Fact.TOMBSTONED))
         assert over == (0 if final.status in (Status.UNREGISTERED, Status.PAUSED) else 1)
         assert all(count[fact] <= 1 for fact in (Fact.REGISTERED, Fact.STARTED))
         assert final.version == sum(decision.changed for decision in self.slept)
@@ -322,7 +352,7 @@ def test_no_sequence_of_events_breaks_a_promise() -> None:
 def test_the_machine_visits_every_status_and_every_fact() -> None:
     """The rules above, some of them played by hand, reach each status and each fact: no promise is kept in vain."""
     seen: set[object] = set()
-    for play in (_live_long, _die_young, _come_too_late):
+    for play in (_live_long, _die_young, _think_again, _come_too_late):
         machine = FoldMachine()
         play(machine)
         seen |= {decision.after.status for decision in machine.slept} | {said.fact for said in machine.slept}
@@ -350,6 +380,11 @@ def _live_long(machine: FoldMachine) -> None:
 def _die_young(machine: FoldMachine) -> None:
     _begin(machine)
     machine.tell(Cancel("withdrawn"))
+
+
+def _think_again(machine: FoldMachine) -> None:
+    _begin(machine)
+    machine.withdraw_near_the_end_of_the_window(early_ms=1)
 
 
 def _come_too_late(machine: FoldMachine) -> None:

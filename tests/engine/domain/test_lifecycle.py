@@ -26,6 +26,16 @@ CLOSING       -       -            ENDED           same?      stay      CANCELLE
 PAUSED        -       -            -               same?      stay      CANCELLED  !invalid    ACTIVE|CLOSING  !invalid
 ENDED         -       -            -               same?      late      !terminal  !terminal   !terminal       !terminal
 CANCELLED     -       -            -               same?      late      !terminal  !terminal   !terminal       !terminal
+
+              withdraw
+UNREGISTERED  !unknown
+TOMBSTONE     !already
+SCHEDULED     CANCELLED
+ACTIVE        CANCELLED
+CLOSING       CANCELLED
+PAUSED        CANCELLED
+ENDED         !closed
+CANCELLED     !already
 """
 
 WORDS: Final = {
@@ -36,13 +46,18 @@ WORDS: Final = {
     "!unknown": (Verdict.REFUSE, RefusalCode.UNKNOWN_AUCTION),
     "!invalid": (Verdict.REFUSE, RefusalCode.FSM_TRANSITION_INVALID),
     "!terminal": (Verdict.REFUSE, RefusalCode.FSM_TERMINAL_IMMUTABLE),
+    "!already": (Verdict.REFUSE, RefusalCode.ALREADY_CANCELLED),
+    "!closed": (Verdict.REFUSE, RefusalCode.AUCTION_CLOSED),
 }
 
 
 def drawn() -> dict[tuple[str, str], str]:
     """The cells of `DRAWN`, by status and trigger."""
-    header, *rows = [line.split() for line in DRAWN.strip().splitlines()]
-    return {(row[0], trigger): word for row in rows for trigger, word in zip(header, row[1:], strict=True)}
+    cells = {}
+    for part in DRAWN.strip().split("\n\n"):
+        header, *rows = [line.split() for line in part.splitlines()]
+        cells |= {(row[0], trigger): word for row in rows for trigger, word in zip(header, row[1:], strict=True)}
+    return cells
 
 
 @pytest.mark.requirement("R25")

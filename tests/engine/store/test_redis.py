@@ -148,11 +148,13 @@ async def pttl(bench: RedisBench, key: str) -> int:
 
 
 async def test_what_is_over_is_kept_for_the_retention(bench: RedisBench) -> None:
-    """The hash of a closed auction, a forgotten offer and replies expire; a running auction and its offer do not."""
-    bench.store.limits = StoreLimits(closed_retention_ms=90_000)
+    """The hash of a closed auction and a forgotten offer expire, answers sooner; a running auction and its offer do not."""
+    bench.store.limits = StoreLimits(closed_retention_ms=90_000, seen_ms=70_000)
     await commit(bench, *EVERYTHING)
-    for key in (KEYS.timer("c"), KEYS.offer_prefix + "o-2", replies("inbox-1")):
-        assert 0 < await pttl(bench, key) <= 90_000
+    for key in (KEYS.timer("c"), KEYS.offer_prefix + "o-2"):
+        assert 70_000 < await pttl(bench, key) <= 90_000
+    for key in (replies("inbox-1"), KEYS.command_prefix + "c-1"):
+        assert 0 < await pttl(bench, key) <= 70_000
     for key in (KEYS.timer("a"), KEYS.timer("b"), KEYS.offer_prefix + "o-1", KEYS.audit, KEYS.updates, KEYS.cursor):
         assert await pttl(bench, key) == -1
 
