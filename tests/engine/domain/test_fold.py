@@ -263,7 +263,8 @@ def test_an_auction_is_over_exactly_once(log: Log) -> None:
     """After enough time every auction that is not paused has exactly one end or cancellation, and nothing after it."""
     decisions = fold_all(log)
     decisions += elapse(decisions[-1].after, FAR)
-    over = [i for i, said in enumerate(decisions) if said.fact in (Fact.ENDED, Fact.CANCELLED, Fact.TOMBSTONED)]
+    ends = (Fact.ENDED, Fact.CANCELLED, Fact.OFFER_CANCELLED, Fact.TOMBSTONED)
+    over = [i for i, said in enumerate(decisions) if said.fact in ends]
     auction = decisions[-1].after
     assert len(over) == (0 if auction.status is Status.PAUSED else 1)
     for index in over:
