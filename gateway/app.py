@@ -25,11 +25,15 @@ from engine.settings import Settings
 from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError
 from engine.store.redis import RedisStore
+from gateway.command_routes import CommandRoutes
+from gateway.commands import Commands
 from gateway.connection import Connection
 from gateway.door import Door
 from gateway.feeds import EventFeed, TickFeed
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
+from gateway.offer_routes import OfferRoutes
+from gateway.ops_routes import OpsRoutes
 from gateway.origins import OriginRule
 from gateway.problems import Problem, ProblemType, problem_response
 from gateway.readiness import Readiness
@@ -102,12 +106,16 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     metrics = GatewayMetrics(registry)
     auction_clock = AuctionClock(clock)
     hub = Hub(store, auction_clock, settings.shards, metrics)
-    feed = EventFeed(store, hub, clock, settings.shards, updates_max=settings.updates_max)
+    commands = Commands(store, auction_clock, settings.shards)
+    feed = EventFeed(store, hub, clock, settings.shards, commands=commands, updates_max=settings.updates_max)
     hub.stale = lambda: not feed.is_fresh
     tokens = tokens_of(settings, auction_clock)
     door = Door(hub, settings, clock, metrics, tokens)
     readiness = Readiness(auction_clock, hub, feed, settings.shards, tokens.keys if tokens is not None else None)
     api = Api(hub, store, store, settings.shards, readiness, registry)
+    auctions = CommandRoutes(hub, commands, store, settings.shards)
+    offers = OfferRoutes(auctions, commands, store, settings.shards, settings.offer_modification_window_minutes)
+    ops = OpsRoutes(commands, store, settings.shards)
 
     gateway: Gateway
 
@@ -117,7 +125,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
             yield {"door": door}
 
     app = Starlette(
-        routes=api.routes(),
+        routes=[*api.routes(), *auctions.routes(), *offers.routes(), *ops.routes()],
         lifespan=lifespan,
         exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
     )

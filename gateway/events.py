@@ -83,16 +83,16 @@ SOURCE_CHARS_MAX: Final = 1024
 _AUCTION_ID_PATTERN: Final = f"^{AUCTION_ID.pattern}$"
 _ID_PATTERN: Final = "^[!-~]{1,128}$"
 _CURRENCY_PATTERN: Final = "^[A-Z]{3}$"
-_TEXT_PATTERN: Final = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
-_NAME_PATTERN: Final = r"^[^\x00-\x1f\x7f-\x9f]*$"
+TEXT_PATTERN: Final = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
+NAME_PATTERN: Final = r"^[^\x00-\x1f\x7f-\x9f]*$"
 
 # Of the regular expressions above, in words.
 _PATTERN_REASONS: Final = {
     _AUCTION_ID_PATTERN: "must be 1-128 characters of A-Z a-z 0-9 . _ : -",
     _ID_PATTERN: "must be 1-128 printable ASCII characters without spaces",
     _CURRENCY_PATTERN: "must be three letters A-Z (ISO 4217)",
-    _TEXT_PATTERN: "must not contain control characters other than newline and tab",
-    _NAME_PATTERN: "must not contain control characters",
+    TEXT_PATTERN: "must not contain control characters other than newline and tab",
+    NAME_PATTERN: "must not contain control characters",
 }
 _REASONS: Final = {
     "bool_type": "must be true or false",
@@ -177,7 +177,7 @@ AuctionId = Annotated[str, Field(pattern=_AUCTION_ID_PATTERN)]
 Identifier = Annotated[str, Field(pattern=_ID_PATTERN)]
 Currency = Annotated[str, Field(pattern=_CURRENCY_PATTERN)]
 Amount = Annotated[int, Field(ge=0, le=AMOUNT_MINOR_MAX)]
-Reason = Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX, pattern=_TEXT_PATTERN)]
+Reason = Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX, pattern=TEXT_PATTERN)]
 
 
 class _Input(BaseModel):
@@ -187,8 +187,8 @@ class _Input(BaseModel):
 class ActorInput(_Input):
     """Who asked."""
 
-    type: Annotated[str, Field(min_length=1, max_length=ACTOR_TYPE_CHARS_MAX, pattern=_NAME_PATTERN)]
-    id: Annotated[str, Field(min_length=1, max_length=ACTOR_ID_CHARS_MAX, pattern=_NAME_PATTERN)]
+    type: Annotated[str, Field(min_length=1, max_length=ACTOR_TYPE_CHARS_MAX, pattern=NAME_PATTERN)]
+    id: Annotated[str, Field(min_length=1, max_length=ACTOR_ID_CHARS_MAX, pattern=NAME_PATTERN)]
 
 
 _DEFAULTS: Final = Policy()
@@ -475,7 +475,7 @@ def parse_events(
             `ERRORS_LISTED_MAX` in all; `errors_total` says how many there are.
     """
     batch = _read_batch(body)
-    request = _Request(correlation_id, _trace_id_of(traceparent), new_trace_id)
+    request = _Request(correlation_id, trace_id_of(traceparent), new_trace_id)
     events: list[IntakeEvent] = []
     refused: list[tuple[int, list[_Fault]]] = []
     for index, raw in enumerate(batch):
@@ -577,24 +577,25 @@ class _Request:
         return (
             detail.trace_id
             or detail.submission_trace_id
-            or _trace_id_of(envelope.traceparent)
-            or _trace_id_of(detail.traceparent)
+            or trace_id_of(envelope.traceparent)
+            or trace_id_of(detail.traceparent)
             or self.trace_id
             or self.new_trace_id()
         )
 
 
-def _trace_id_of(traceparent: object) -> str | None:
+def trace_id_of(traceparent: object) -> str | None:
     """The trace id in a W3C `traceparent`, or None where it is absent or not valid."""
     match = _TRACEPARENT.fullmatch(traceparent) if isinstance(traceparent, str) else None
     return None if match is None else match[1]
 
 
 def _fault(error: ErrorDetails) -> _Fault:
-    return _Fault(".".join(str(step) for step in error["loc"]), _reason(error))
+    return _Fault(".".join(str(step) for step in error["loc"]), reason_of(error))
 
 
-def _reason(error: ErrorDetails) -> str:
+def reason_of(error: ErrorDetails) -> str:
+    """What is wrong with a value, in the words of this catalogue."""
     context = error.get("ctx", {})
     if error["type"] == "string_pattern_mismatch":
         return _PATTERN_REASONS[context["pattern"]]

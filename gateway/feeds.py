@@ -9,6 +9,7 @@ from engine.clock import Clock
 from engine.contract.cursors import START, stream_order
 from engine.store.link import RedisRefusedError
 from engine.store.protocol import StoreUnavailableError, ViewStore
+from gateway.commands import Commands
 from gateway.hub import Hub
 
 READ_MAX: Final = 500
@@ -23,10 +24,20 @@ log = structlog.get_logger()
 
 
 class EventFeed:
-    """Follows the event lane of every shard with a cursor."""
+    """Follows the event lane of every shard with a cursor, and the answers to the commands of this gateway."""
 
-    def __init__(self, store: ViewStore, hub: Hub, clock: Clock, shards: int, *, updates_max: int = RECENT_MAX) -> None:
+    def __init__(
+        self,
+        store: ViewStore,
+        hub: Hub,
+        clock: Clock,
+        shards: int,
+        *,
+        commands: Commands | None = None,
+        updates_max: int = RECENT_MAX,
+    ) -> None:
         self._store = store
+        self._commands = commands
         self._hub = hub
         self._clock = clock
         self._shards = shards
@@ -61,18 +72,25 @@ class EventFeed:
                 if check:
                     await self._check_regress()
                     check = False
-                found = await self._store.read_updates(self._hub.positions, READ_MAX, BLOCK_MS)
+                answers = self._commands.positions if self._commands is not None else {}
+                news = await self._store.follow(self._hub.positions, answers, READ_MAX, BLOCK_MS)
             except (StoreUnavailableError, RedisRefusedError) as error:
                 log.warning("event_lane_lost", error=str(error))
                 check = True
                 await asyncio.sleep(BACKOFF_S)
                 continue
             self._heard = self._clock.monotonic_ns()
-            for shard, entries in found.items():
+            for shard, entries in news.updates.items():
                 self._hub.on_updates(shard, entries)
+            # After what the same commits announced: who is answered finds in this gateway what was done.
+            for reply_to, replies in news.replies.items():
+                if self._commands is not None:
+                    self._commands.on_replies(reply_to, replies)
 
     async def _check_regress(self) -> None:
         """After an outage the lane may end before our place: a failover lost its last entries. Start over there."""
+        if self._commands is not None:
+            self._commands.rewind()
         for shard, position in list(self._hub.positions.items()):
             last = await self._store.last_update(shard)
             if stream_order(last) < stream_order(position):

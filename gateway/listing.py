@@ -18,8 +18,6 @@ from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.protocol import Group, Placed, ViewStore
 
-LIMIT_MAX: Final = 500
-LIMIT_DEFAULT: Final = 50
 ROUNDS_MAX: Final = 20
 """Pages looked at for one answer. A filter that matches little then gets a short page and a cursor to go on from."""
 

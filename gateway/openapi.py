@@ -5,8 +5,8 @@ from typing import Any, Final
 
 from engine.domain.lifecycle import Status
 from gateway.events import event_schemas
-from gateway.listing import LIMIT_MAX
 from gateway.problems import MEDIA_TYPE, ProblemType
+from gateway.queries import LIMIT_MAX
 from gateway.tokens import OPEN_PATHS
 
 _JSON: Final = "application/json"

@@ -6,9 +6,8 @@ from importlib.metadata import version
 from typing import Any, Final
 from uuid import uuid4
 
-import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -23,21 +22,19 @@ from engine.domain.lifecycle import Status
 from engine.domain.policy import TICK_INTERVAL_MS_MAX
 from engine.store.protocol import Appended, Draft, Intake, IntakeFullError, StoreError, StoreUnavailableError, ViewStore
 from gateway.auth import Scope, require
-from gateway.events import BODY_BYTES_MAX, parse_events
+from gateway.bodies import bounded_body
+from gateway.command_routes import json_response
+from gateway.events import parse_events
 from gateway.hub import Hub
-from gateway.listing import LIMIT_DEFAULT, LIMIT_MAX, Place, list_auctions
+from gateway.listing import Place, list_auctions
 from gateway.metrics import exposition
 from gateway.openapi import document
 from gateway.problems import Problem, ProblemType
+from gateway.queries import integer_of, invalid, limit_of
 from gateway.readiness import Readiness
 
 VERSION: Final = version("auction-timer")
 RETRY_AFTER_S: Final = "1"
-
-
-def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """An answer in JSON."""
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ class Api:
     async def post_events(self, request: Request) -> Response:
         """Accept one event or a batch, all or nothing, and answer with each one's arrival."""
         require(request, Scope.EVENTS_WRITE)
-        body = await _bounded_body(request)
+        body = await bounded_body(request)
         events = parse_events(
             body,
             correlation_id=request.state.correlation_id,
@@ -144,14 +141,14 @@ class Api:
         if (cursor := query.get("cursor")) is not None:
             place = Place.decode(cursor)
             if place is None:
-                raise _invalid("cursor", "must be the next_cursor of an earlier answer")
+                raise invalid("cursor", "must be the next_cursor of an earlier answer")
         try:
             found, next_place = await list_auctions(
                 self.store,
                 self.shards,
                 status=_status(query.get("status")),
                 ending_before=_instant(query.get("ending_before")),
-                limit=_limit(query.get("limit")),
+                limit=limit_of(query.get("limit")),
                 place=place,
             )
         except StoreUnavailableError:
@@ -223,24 +220,6 @@ def _later(one: Appended, other: Appended) -> Appended:
     return Appended(one.event_id, one.accepted or other.accepted, EpochMs(max(one.at, other.at)))
 
 
-async def _bounded_body(request: Request) -> bytes:
-    """The body, never holding more than the bound of it, whatever its sender claims."""
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > BODY_BYTES_MAX:
-                raise Problem(
-                    ProblemType.PAYLOAD_TOO_LARGE,
-                    f"a body has at most {BODY_BYTES_MAX} bytes",
-                    extra={"body_bytes_max": BODY_BYTES_MAX},
-                    headers={"Connection": "close"},
-                )
-    except ClientDisconnect:
-        raise Problem(ProblemType.MALFORMED_JSON, "the connection ended before the body did") from None
-    return bytes(body)
-
-
 def _matches(if_none_match: str | None, etag: str) -> bool:
     """RFC 9110, section 13.1.2: weak comparison with each entity tag of the list."""
     if if_none_match is None:
@@ -249,31 +228,15 @@ def _matches(if_none_match: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def _invalid(name: str, wanted: str) -> Problem:
-    return Problem(ProblemType.INVALID_PARAMETER, f"{name} {wanted}", extra={"parameter": name})
-
-
 def _status(text: str | None) -> Status | None:
     if text is None:
         return None
     public = [status.value for status in Status if status.is_public]
     if text not in public:
-        raise _invalid("status", f"must be one of {', '.join(public)}")
+        raise invalid("status", f"must be one of {', '.join(public)}")
     return Status(text)
 
 
-def _integer(name: str, text: str | None, least: int, most: int) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most):
-        raise _invalid(name, f"must be an integer from {least} to {most}")
-    return int(text)
-
-
-def _limit(text: str | None) -> int:
-    return _integer("limit", text, 1, LIMIT_MAX) or LIMIT_DEFAULT
-
-
 def _instant(text: str | None) -> EpochMs | None:
-    value = _integer("ending_before", text, 1, EPOCH_MS_MAX)
+    value = integer_of("ending_before", text, 1, EPOCH_MS_MAX)
     return None if value is None else EpochMs(value)

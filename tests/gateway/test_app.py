@@ -131,7 +131,7 @@ async def test_a_loop_that_must_not_end_ends_the_process(monkeypatch: pytest.Mon
     raised: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", raised.append)
     made = Front()
-    made.store.failing["read_updates"] = ZeroDivisionError()
+    made.store.failing["follow"] = ZeroDivisionError()
     async with made.gateway.app.router.lifespan_context(made.gateway.app):
         while not raised:
             await asyncio.sleep(0)

@@ -105,11 +105,11 @@ def test_the_event_feed_goes_on_where_it_was_after_an_outage(fault: StoreError) 
         async with running(feed.run()):
             commit(house, 2)
             await asyncio.sleep(0.01)
-            house.store.failing["read_updates"] = fault
+            house.store.failing["follow"] = fault
             commit(house, 3)
             await asyncio.sleep(10)
             assert not feed.is_fresh
-            assert house.store.calls["read_updates"] < 10 / BACKOFF_S + 5, "it must not spin"
+            assert house.store.calls["follow"] < 10 / BACKOFF_S + 5, "it must not spin"
             house.store.failing.clear()
             commit(house, 4)
             await asyncio.sleep(2 * BACKOFF_S)
@@ -156,7 +156,7 @@ def test_a_lane_that_ends_before_our_place_is_started_over_there() -> None:
 
 def fail(house: House, *calls: str) -> None:
     """The store is away, for these calls or for all that a feed makes; whoever waits is told."""
-    for name in calls or ("read_updates", "last_update", "view"):
+    for name in calls or ("follow", "last_update", "view"):
         house.store.failing[name] = StoreUnavailableError("away")
     house.memory._grow()
 
@@ -182,13 +182,13 @@ def test_a_store_that_goes_away_again_in_the_midst_of_a_reload_is_reloaded_later
             house.memory.shards[0].updates.clear()
             for name in ("a-1", "a-2", "a-3"):
                 house.put(record(name, version=3))
-            del house.store.failing["last_update"], house.store.failing["read_updates"]
+            del house.store.failing["last_update"], house.store.failing["follow"]
             await asyncio.sleep(1)
             assert not any(frame["type"] == "timer.resynced" for each in listeners for frame in told(each.sent))
             house.store.failing.clear()
             await asyncio.sleep(1)
             # Once is enough: the next outage, without a loss, reloads nothing.
-            fail(house, "read_updates")
+            fail(house, "follow")
             await asyncio.sleep(2)
             house.store.failing.clear()
             await asyncio.sleep(1)
@@ -232,7 +232,7 @@ def test_a_start_without_a_store_says_so() -> None:
 def test_a_fault_of_ours_ends_the_feed() -> None:
     """What no store can be blamed for is not swallowed: the process ends and its supervisor starts a fresh one."""
     house = House()
-    house.store.failing["read_updates"] = ZeroDivisionError()
+    house.store.failing["follow"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         run(house.line, EventFeed(house.store, house.hub, house.machine, 1).run)
 

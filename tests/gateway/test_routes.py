@@ -305,7 +305,7 @@ async def test_without_its_store_a_known_timer_is_stale_and_an_unknown_one_503()
     async with front() as made:
         made.put(record())
         assert (await made.http.get(f"/auctions/{AUCTION}/timer")).json()["stale"] is False
-        made.store.failing |= {name: StoreUnavailableError("away") for name in ("view", "read_updates", "page")}
+        made.store.failing |= {name: StoreUnavailableError("away") for name in ("view", "follow", "page")}
         made.line.advance(SILENCE_MAX_MS)
         answer = await made.http.get(f"/auctions/{AUCTION}/timer")
         assert (answer.status_code, answer.json()["stale"]) == (200, True)
