@@ -1,5 +1,6 @@
 """Prometheus objects for the catalogue in `engine.contract.metrics`."""
 
+from collections import deque
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -43,6 +44,10 @@ class Metrics:
         return made.labels(*labels) if labels else made
 
 
+OFFER_OUTCOMES_KEPT = 1_000
+"""Cancellations that the success rate looks back on."""
+
+
 class EngineMetrics:
     """What the engine measures, with the label children looked up once."""
 
@@ -61,7 +66,20 @@ class EngineMetrics:
         self.extensions = {
             cap: made.counter(catalogue.EXTENSIONS, cap or "none") for cap in (None, "count", "increment", "total")
         }
+        self._offer_success = made.gauge(catalogue.OFFER_CANCELLATION_SUCCESS)
+        self._offer_success.set(1)
+        self._offer_outcomes: deque[bool] = deque(maxlen=OFFER_OUTCOMES_KEPT)
+        self._offer_cancellations = {
+            outcome: made.counter(catalogue.OFFER_CANCELLATIONS, outcome)
+            for outcome in ("completed", "window_expired", "already_cancelled", "auction_closed", "unknown_auction")
+        }
         self.applied = {
             outcome: made.counter(catalogue.APPLIED, outcome)
             for outcome in ("applied", "unchanged", "late", "refused", "poison")
         }
+
+    def offer_cancellation(self, outcome: str) -> None:
+        """Count a request to cancel an offer: `completed`, or the code of its refusal."""
+        self._offer_cancellations[outcome.lower()].inc()
+        self._offer_outcomes.append(outcome == "completed")
+        self._offer_success.set(sum(self._offer_outcomes) / len(self._offer_outcomes))

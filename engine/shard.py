@@ -15,7 +15,7 @@ from uuid import uuid4
 import structlog
 
 from engine.clock import AuctionClock
-from engine.contract.intake import Context, Discard, IntakeEvent, Retry, SchemaError
+from engine.contract.intake import CommandType, Context, Discard, IntakeEvent, Retry, SchemaError
 from engine.contract.offers import auction_bound_in
 from engine.contract.timers import CorruptTimerError, TimerRecord
 from engine.domain.decide import Decision, Fact
@@ -307,6 +307,10 @@ class Shard:
             metrics.extensions[None if clipped_by is None else str(clipped_by)].inc()
         elif decision.fact is Fact.REGISTERED and context is not None and context.occurred_at is not None:
             metrics.trigger_lag_ms.observe(max(0, at - context.occurred_at))
+
+        if context is not None and context.event_type == CommandType.OFFER_CANCEL_REQUESTED:
+            refusal = decision.refusal
+            metrics.offer_cancellation("completed" if refusal is None else refusal.code.value)
 
     def _count_towards_checkpoint(self, entries: int) -> None:
         self._since_checkpoint += entries

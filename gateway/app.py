@@ -22,9 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_sync import ClockSync
 from engine.settings import Settings
+from engine.store.archive import AuditArchive, archive_url
+from engine.store.audit_reader import AuditReader
 from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError
 from engine.store.redis import RedisStore
+from gateway.audit_routes import AuditRoutes
 from gateway.command_routes import CommandRoutes
 from gateway.commands import Commands
 from gateway.connection import Connection
@@ -95,6 +98,7 @@ class Gateway:
     app: Starlette
     metrics: GatewayMetrics
     tokens: Tokens | None
+    archive: AuditArchive
 
 
 def build(store: RedisStore, clock: Clock, settings: Settings, registry: CollectorRegistry) -> Gateway:
@@ -115,6 +119,8 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     api = Api(hub, store, store, settings.shards, readiness, registry)
     auctions = CommandRoutes(hub, commands, store, settings.shards)
     offers = OfferRoutes(auctions, commands, store, settings.shards, settings.offer_modification_window_minutes)
+    archive = AuditArchive(archive_url(settings.audit_url, settings.data_dir))
+    audit = AuditRoutes(auctions, AuditReader(store, archive), settings.shards)
     ops = OpsRoutes(commands, store, settings.shards)
 
     gateway: Gateway
@@ -125,7 +131,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
             yield {"door": door}
 
     app = Starlette(
-        routes=[*api.routes(), *auctions.routes(), *offers.routes(), *ops.routes()],
+        routes=[*api.routes(), *auctions.routes(), *audit.routes(), *offers.routes(), *ops.routes()],
         lifespan=lifespan,
         exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
     )
@@ -141,6 +147,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         app,
         metrics,
         tokens,
+        archive,
     )
     return gateway
 
@@ -174,6 +181,7 @@ async def _running(gateway: Gateway) -> AsyncIterator[None]:
             task.remove_done_callback(_end_with)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await gateway.archive.close()
 
 
 def _end_with(task: "asyncio.Task[None]") -> None:

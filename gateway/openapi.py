@@ -5,14 +5,12 @@ from typing import Any, Final
 
 from engine.domain.lifecycle import Status
 from gateway.events import event_schemas
-from gateway.problems import MEDIA_TYPE, ProblemType
+from gateway.openapi_commands import command_paths, command_schemas
+from gateway.openapi_parts import AUCTION_ID, DURATION, INSTANT, JSON, answer, problems, query, ref
+from gateway.problems import ProblemType
 from gateway.queries import LIMIT_MAX
 from gateway.tokens import OPEN_PATHS
 
-_JSON: Final = "application/json"
-
-_INSTANT: Final = {"type": "integer", "description": "ms since the Unix epoch"}
-_DURATION: Final = {"type": "integer", "description": "ms"}
 _STATUSES: Final = [status.value for status in Status if status.is_public]
 
 TIMER: Final[dict[str, Any]] = {
@@ -22,22 +20,22 @@ TIMER: Final[dict[str, Any]] = {
         "offer_id": {"type": "string"},
         "status": {"enum": _STATUSES},
         "version": {"type": "integer", "minimum": 1},
-        "starts_at": _INSTANT,
-        "ends_at": _INSTANT,
-        "original_ends_at": _INSTANT,
+        "starts_at": INSTANT,
+        "ends_at": INSTANT,
+        "original_ends_at": INSTANT,
         "soft_close_until": {"type": ["integer", "null"], "description": "null before the window opened, then the end"},
-        "final_deadline": _INSTANT | {"description": "the last possible end, ms since the Unix epoch"},
+        "final_deadline": INSTANT | {"description": "the last possible end, ms since the Unix epoch"},
         "extension_count": {"type": "integer", "minimum": 0},
-        "extension_used_ms": _DURATION,
-        "extension_left_ms": _DURATION,
+        "extension_used_ms": DURATION,
+        "extension_left_ms": DURATION,
         "at_cap": {"type": "boolean"},
         "clipped_by": {"enum": ["count", "increment", "total"]},
-        "remaining_ms": _DURATION | {"minimum": 0},
-        "paused_remaining_ms": _DURATION,
-        "ended_at": _INSTANT,
-        "cancelled_at": _INSTANT,
+        "remaining_ms": DURATION | {"minimum": 0},
+        "paused_remaining_ms": DURATION,
+        "ended_at": INSTANT,
+        "cancelled_at": INSTANT,
         "reason": {"type": "string"},
-        "server_time": _INSTANT,
+        "server_time": INSTANT,
         "trace_id": {"type": "string"},
         "cursor": {"type": ["string", "null"], "description": "where the event lane stood; hand it back as `since`"},
         "stale": {"type": "boolean", "description": "Redis is away: this is from memory"},
@@ -73,7 +71,7 @@ _RESULTS: Final[dict[str, Any]] = {
                 "properties": {
                     "id": {"type": "string"},
                     "status": {"enum": ["accepted", "duplicate"]},
-                    "arrival_ms": _INSTANT | {"description": "the stamp that decides, ms since the Unix epoch"},
+                    "arrival_ms": INSTANT | {"description": "the stamp that decides, ms since the Unix epoch"},
                 },
                 "required": ["id", "status", "arrival_ms"],
             },
@@ -83,47 +81,17 @@ _RESULTS: Final[dict[str, Any]] = {
 }
 
 
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _answer(description: str, schema: dict[str, Any] | None, media_type: str = _JSON) -> dict[str, Any]:
-    return {"description": description} | ({"content": {media_type: {"schema": schema}}} if schema else {})
-
-
-def _problems(*types: ProblemType) -> dict[str, Any]:
-    by_status: dict[str, list[str]] = {}
-    for problem in types:
-        by_status.setdefault(str(problem.status), []).append(problem.error_code)
-    return {
-        status: _answer(" or ".join(f"`{code}`" for code in codes), _ref("Problem"), MEDIA_TYPE)
-        for status, codes in by_status.items()
-    }
-
-
-def _query(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
-
-
-_AUCTION_ID: Final = {
-    "name": "auction_id",
-    "in": "path",
-    "required": True,
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
-}
-
-
 def _paths() -> dict[str, Any]:
     timer_with_poll = {
         "allOf": [
-            _ref("Timer"),
-            {"type": "object", "properties": {"next_poll_ms": _DURATION}, "required": ["next_poll_ms"]},
+            ref("Timer"),
+            {"type": "object", "properties": {"next_poll_ms": DURATION}, "required": ["next_poll_ms"]},
         ]
     }
     page = {
         "type": "object",
         "properties": {
-            "auctions": {"type": "array", "items": _ref("Timer")},
+            "auctions": {"type": "array", "items": ref("Timer")},
             "next_cursor": {"type": ["string", "null"]},
         },
         "required": ["auctions", "next_cursor"],
@@ -142,10 +110,10 @@ def _paths() -> dict[str, Any]:
             "post": {
                 "operationId": "postEvents",
                 "summary": "Accept one event or a batch of up to 500, all or nothing",
-                "requestBody": {"required": True, "content": {_JSON: {"schema": _ref("EventsRequest")}}},
+                "requestBody": {"required": True, "content": {JSON: {"schema": ref("EventsRequest")}}},
                 "responses": {
-                    "202": _answer("Taken, with the arrival of each", _ref("EventResults")),
-                    **_problems(
+                    "202": answer("Taken, with the arrival of each", ref("EventResults")),
+                    **problems(
                         ProblemType.MALFORMED_JSON,
                         ProblemType.MALFORMED_EVENTS,
                         ProblemType.EMPTY_BATCH,
@@ -164,14 +132,14 @@ def _paths() -> dict[str, Any]:
                 "operationId": "listAuctions",
                 "summary": "Auctions, next to close first, then paused ones, then closed ones with the latest first",
                 "parameters": [
-                    _query("status", "only auctions in this status", {"enum": _STATUSES}),
-                    _query("ending_before", "only auctions that end before this instant", _INSTANT | {"minimum": 1}),
-                    _query("limit", "auctions per page", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX}),
-                    _query("cursor", "`next_cursor` of the page before", {"type": "string"}),
+                    query("status", "only auctions in this status", {"enum": _STATUSES}),
+                    query("ending_before", "only auctions that end before this instant", INSTANT | {"minimum": 1}),
+                    query("limit", "auctions per page", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX}),
+                    query("cursor", "`next_cursor` of the page before", {"type": "string"}),
                 ],
                 "responses": {
-                    "200": _answer("One page", page),
-                    **_problems(ProblemType.INVALID_PARAMETER, ProblemType.DEPENDENCY_UNAVAILABLE),
+                    "200": answer("One page", page),
+                    **problems(ProblemType.INVALID_PARAMETER, ProblemType.DEPENDENCY_UNAVAILABLE),
                 },
             }
         },
@@ -179,11 +147,11 @@ def _paths() -> dict[str, Any]:
             "get": {
                 "operationId": "getTimer",
                 "summary": "The countdown of one auction",
-                "parameters": [_AUCTION_ID],
+                "parameters": [AUCTION_ID],
                 "responses": {
-                    "200": _answer("The timer", timer_with_poll),
-                    "304": _answer("Unchanged since the version in `If-None-Match`", None),
-                    **_problems(ProblemType.RESOURCE_NOT_FOUND, ProblemType.DEPENDENCY_UNAVAILABLE),
+                    "200": answer("The timer", timer_with_poll),
+                    "304": answer("Unchanged since the version in `If-None-Match`", None),
+                    **problems(ProblemType.RESOURCE_NOT_FOUND, ProblemType.DEPENDENCY_UNAVAILABLE),
                 },
             }
         },
@@ -191,14 +159,14 @@ def _paths() -> dict[str, Any]:
             "get": {
                 "operationId": "health",
                 "summary": "Whether the process is alive",
-                "responses": {"200": _answer("Alive", health)},
+                "responses": {"200": answer("Alive", health)},
             }
         },
         "/readyz": {
             "get": {
                 "operationId": "readiness",
                 "summary": "Whether the gateway can do its job, and what is missing if not",
-                "responses": {"200": _answer("Ready", readiness), "503": _answer("Not ready", readiness)},
+                "responses": {"200": answer("Ready", readiness), "503": answer("Not ready", readiness)},
             }
         },
         "/metrics": {
@@ -206,8 +174,8 @@ def _paths() -> dict[str, Any]:
                 "operationId": "metrics",
                 "summary": "Metrics in the Prometheus text format",
                 "responses": {
-                    "200": _answer("Metrics", {"type": "string"}, "text/plain"),
-                    **_problems(ProblemType.INSUFFICIENT_SCOPE),
+                    "200": answer("Metrics", {"type": "string"}, "text/plain"),
+                    **problems(ProblemType.INSUFFICIENT_SCOPE),
                 },
             }
         },
@@ -215,7 +183,7 @@ def _paths() -> dict[str, Any]:
             "get": {
                 "operationId": "openapi",
                 "summary": "This description",
-                "responses": {"200": _answer("OpenAPI 3.1", {"type": "object"})},
+                "responses": {"200": answer("OpenAPI 3.1", {"type": "object"})},
             }
         },
     }
@@ -223,7 +191,7 @@ def _paths() -> dict[str, Any]:
 
 def _guarded(paths: dict[str, Any]) -> dict[str, Any]:
     """The same paths: those that are always open say so, and all others may ask for a token."""
-    asked = _problems(ProblemType.UNAUTHENTICATED, ProblemType.DEPENDENCY_UNAVAILABLE)
+    asked = problems(ProblemType.UNAUTHENTICATED, ProblemType.DEPENDENCY_UNAVAILABLE)
     for path, operations in paths.items():
         for operation in operations.values():
             if path in OPEN_PATHS:
@@ -253,10 +221,12 @@ def document(version: str) -> dict[str, Any]:
             "description": "Realtime auction timers. Every answer carries `X-Correlation-Id`, echoed or generated. "
             "The socket at `/auctions/{auction_id}/updates` is not HTTP and not described here.",
         },
-        "paths": _guarded(_paths()),
+        "paths": _guarded(_paths() | command_paths()),
         "security": [{"bearer": []}, {}],
         "components": {
             "securitySchemes": {"bearer": _BEARER},
-            "schemas": event_schemas() | {"Timer": TIMER, "Problem": _PROBLEM, "EventResults": _RESULTS},
+            "schemas": event_schemas()
+            | command_schemas()
+            | {"Timer": TIMER, "Problem": _PROBLEM, "EventResults": _RESULTS},
         },
     }

@@ -106,7 +106,20 @@ PARKED: Final = Metric(
     "auctions_troubleshooting_depth",
     Kind.GAUGE,
     "Commands in troubleshooting, over the shards of this engine.",
-    "List them (`auction:troubleshooting:{k}`), mend their cause, send them again under a new id.",
+    "List them (`auction-timer ops troubleshooting list`), mend their cause, then retry, requeue or cancel them.",
+)
+OFFER_CANCELLATIONS: Final = Metric(
+    "offers_cancellation_total",
+    Kind.COUNTER,
+    "Requests to cancel an offer, by outcome: `completed`, or the refusal (requirement R23).",
+    "Many `window_expired`: the maker's window is shorter than buyers expect; many `auction_closed`: a page is old.",
+    labels=("outcome",),
+)
+OFFER_CANCELLATION_SUCCESS: Final = Metric(
+    "offers_cancellation_success_rate",
+    Kind.GAUGE,
+    "Share of the requests to cancel an offer that were completed, 0 to 1, of the last 1,000; 1 before the first.",
+    "Below 0.95: look at offers_cancellation_total by outcome, then at the makers' modification windows.",
 )
 CONNECTIONS: Final = Metric(
     "auctions_gateway_connections",
@@ -149,10 +162,41 @@ RESUMES: Final = Metric(
     "Many `false`: clients stay away longer than the event lane is kept.",
     labels=("recovered",),
 )
+ARCHIVE_LAG: Final = Metric(
+    "auctions_audit_archive_lag_events",
+    Kind.GAUGE,
+    "Audit records in the streams that are not archived yet.",
+    "Grows while the reconciler is down or its database does not answer (its log says which): Redis keeps every record "
+    "until then. Mend that; nothing is lost meanwhile, but Redis fills up.",
+)
+ARCHIVE_REFUSED: Final = Metric(
+    "auctions_audit_archive_refused_events",
+    Kind.GAUGE,
+    "Audit records in the streams that contradict the archive: another record has their number, or they have none.",
+    "Must be 0. If not: run `auction-timer audit verify`, keep copies of Redis and of the archive, and find out who wrote. "
+    "Redis lost records in a failover, or somebody changed one of the two. Their shard's stream is not trimmed meanwhile.",
+)
+WEBHOOK_DELIVERIES: Final = Metric(
+    "auctions_webhook_deliveries_total",
+    Kind.COUNTER,
+    "Outbound events by what became of them at the webhook: `delivered`; `retried`, once for each attempt that failed and is "
+    "followed by another; `undelivered`, put aside; `lost`, trimmed from the event lane before they were posted.",
+    "`undelivered`: read `auction:undelivered:{k}`, where each stands with its last error. `lost`: the webhook was away for "
+    "too long; read the auctions anew, then raise AUCTION_TIMER_UPDATES_MAX or lower AUCTION_TIMER_WEBHOOK_ATTEMPTS_MAX.",
+    labels=("outcome",),
+)
+WEBHOOK_LAG: Final = Metric(
+    "auctions_webhook_lag_events",
+    Kind.GAUGE,
+    "Entries of the event lane that the forwarder has not passed yet, over the shards it holds.",
+    "Growing: the webhook is slow or refuses events (see auctions_webhook_deliveries_total); each shard waits for one answer "
+    "at a time, so let the receiver accept first and work later, or post fewer types (AUCTION_TIMER_WEBHOOK_TYPES).",
+)
 
 ENGINE: Final = (
     TICK_DELAY, CLOSE_LATENESS, EARLY_CLOSES, DRIFT, ACTIVE, EXTENSIONS, TRIGGER_LAG, INTAKE_LAG, APPLIED,
-    COMMIT_CONFLICTS, STORE_RETRIES, PARKED,
+    COMMIT_CONFLICTS, STORE_RETRIES, PARKED, OFFER_CANCELLATIONS, OFFER_CANCELLATION_SUCCESS,
 )  # fmt: skip
 GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, DRIFT)
-CATALOGUE: Final = (*ENGINE, *(metric for metric in GATEWAY if metric not in ENGINE))
+RECONCILER: Final = (ARCHIVE_LAG, ARCHIVE_REFUSED, WEBHOOK_DELIVERIES, WEBHOOK_LAG)
+CATALOGUE: Final = (*ENGINE, *(metric for metric in GATEWAY if metric not in ENGINE), *RECONCILER)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from engine.contract.metrics import CATALOGUE, ENGINE, GATEWAY, Kind, Metric
+from engine.contract.metrics import CATALOGUE, ENGINE, GATEWAY, RECONCILER, Kind, Metric
 
 NAMED = [pytest.param(metric, id=metric.name) for metric in CATALOGUE]
 
 
 @pytest.mark.requirement("R13")
 def test_every_metric_is_in_the_catalogue_once() -> None:
-    """The catalogue is what engine and gateway expose, and no two metrics share a name."""
-    assert set(CATALOGUE) == {*ENGINE, *GATEWAY}
+    """The catalogue is what the roles expose, and no two metrics share a name."""
+    assert set(CATALOGUE) == {*ENGINE, *GATEWAY, *RECONCILER}
     assert len({metric.name for metric in CATALOGUE}) == len(CATALOGUE)
 
 
@@ -34,7 +34,7 @@ def test_the_published_engine_metrics_exist() -> None:
 @pytest.mark.parametrize("metric", NAMED)
 def test_a_name_says_kind_and_unit(metric: Metric) -> None:
     """A counter ends in `_total`, a histogram in its unit, and only a histogram has buckets, in rising order."""
-    assert metric.name.startswith("auctions_")
+    assert metric.name.startswith(("auctions_", "offers_"))
     assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER)
     assert (metric.kind is Kind.HISTOGRAM) == bool(metric.buckets) == metric.name.endswith("_ms")
     assert list(metric.buckets) == sorted(set(metric.buckets))

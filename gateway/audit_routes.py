@@ -1,0 +1,74 @@
+"""`GET /auctions/{id}/audit`: what happened to an auction, in order, from the stream and the archive together (R34)."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from engine.contract.audit import as_json
+from engine.contract.intake import AUCTION_ID
+from engine.contract.keys import shard_of
+from engine.store.archive import ArchiveUnavailableError
+from engine.store.audit_reader import AuditReader
+from engine.store.protocol import StoreError
+from gateway.auth import Scope, party, principal_of
+from gateway.command_routes import CommandRoutes, away, json_response, unknown_auction
+from gateway.commands import RETRY_AFTER_S
+from gateway.problems import Problem, ProblemType
+from gateway.queries import integer_of, limit_of
+
+SEQ_MAX: Final = 2**53 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRoutes:
+    """The route and what it asks."""
+
+    auctions: CommandRoutes
+    reader: AuditReader
+    shards: int
+
+    def routes(self) -> list[Route]:
+        """The one route."""
+        return [Route("/auctions/{auction_id}/audit", self.records, methods=["GET"])]
+
+    async def records(self, request: Request) -> Response:
+        """A page of an auction's records: for its owner, and for operators."""
+        limit = limit_of(request.query_params.get("limit"))
+        after = integer_of("cursor", request.query_params.get("cursor"), 0, SEQ_MAX) or 0
+        auction_id = request.path_params["auction_id"]
+        await self._check_access(request, auction_id)
+        try:
+            found = await self.reader.of_auction(shard_of(auction_id, self.shards), auction_id, after, limit + 1)
+        except ArchiveUnavailableError:
+            raise Problem(
+                ProblemType.DEPENDENCY_UNAVAILABLE,
+                "the audit archive cannot be read now",
+                headers={"Retry-After": RETRY_AFTER_S},
+            ) from None
+        except StoreError:
+            raise away() from None
+        if not found and not after and await self.auctions.record(auction_id) is None:
+            raise unknown_auction(auction_id)
+        page = found[:limit]
+        return json_response(
+            {
+                "records": [as_json(fields) for fields in page],
+                "next_cursor": page[-1]["seq"] if len(found) > limit else None,
+            }
+        )
+
+    async def _check_access(self, request: Request, auction_id: str) -> None:
+        """Let the owner and operators pass; an auction whose timer is forgotten is the operators' only.
+
+        Raises:
+            Problem: `RESOURCE_NOT_FOUND`, the same for an auction that is not there and for somebody else's.
+        """
+        record = await self.auctions.record(auction_id)
+        principal = principal_of(request)
+        if AUCTION_ID.fullmatch(auction_id) and principal.may(Scope.OPS):
+            return
+        if record is None or party(principal, record.auction.registered.offer) != "owner":
+            raise unknown_auction(auction_id)
