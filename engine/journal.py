@@ -32,7 +32,7 @@ from engine.domain.auction import Auction
 from engine.domain.decide import Decision, Fact
 from engine.domain.events import Bid, Cancel, InputEvent, Register, Withdraw
 from engine.domain.fold import elapse, fold
-from engine.domain.instants import EpochMs
+from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.refusals import Refusal, RefusalCode
 from engine.store.protocol import (
@@ -482,7 +482,7 @@ def _command(command_id: str, body: bytes) -> dict[str, Any]:
     }
     command = blank | command | {"command_id": command_id}
     for name in ("attempts", "first_seen_at"):
-        if type(command[name]) is not int or command[name] < 0:
+        if type(command[name]) is not int or not 0 <= command[name] <= EPOCH_MS_MAX:
             command[name] = blank[name]
     if type(command["reply_to"]) is not str:
         command["reply_to"] = None

@@ -118,7 +118,9 @@ def as_json(fields: Mapping[str, str]) -> dict[str, object]:
     shown: dict[str, object] = {name: value or None for name, value in fields.items()}
     for name in ("shard", "seq", "version", "occurred_at", "recorded_at"):
         value = fields.get(name, "")
-        if value.isascii() and value.isdigit():
+        # A number is what is written the one way that numbers are, so that an altered record stays one that differs, and
+        # what every reader of JSON can hold: 2**53 has 16 digits.
+        if len(value) < 16 and value.isascii() and value.isdigit() and str(int(value)) == value:
             shown[name] = int(value)
     try:
         shown["details"] = orjson.loads(fields.get("details") or "{}")

@@ -18,7 +18,7 @@ from engine.domain.auction import Offer, Registration
 from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.policy import ExtendsOn, ExtensionMode, Policy
-from engine.domain.withdrawal import NOTE_CHARS_MAX, WithdrawalReason
+from engine.domain.withdrawal import NOTE_CHARS_MAX, WINDOW_MINUTES_MAX, WithdrawalReason
 
 AUCTION_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TEXT_CHARS_MAX: Final = 500
@@ -226,6 +226,15 @@ class _Fields:
     def integer_or_none(self, name: str) -> int | None:
         return None if self._raw.get(name) is None else self.integer(name)
 
+    def minutes(self, name: str) -> int:
+        value = self.integer(name)
+        if not 0 <= value <= WINDOW_MINUTES_MAX:
+            raise self._wrong(name, f"a number of minutes in 0..{WINDOW_MINUTES_MAX}")
+        return value
+
+    def minutes_or_none(self, name: str) -> int | None:
+        return None if self._raw.get(name) is None else self.minutes(name)
+
     def instant(self, name: str) -> EpochMs:
         value = self.integer(name)
         if not 0 < value <= EPOCH_MS_MAX:
@@ -279,7 +288,7 @@ def read_offer(raw: Mapping[str, Any]) -> Offer:
         buyer_id=fields.text_or_none("buyer_id"),
         maker_delegate_ids=fields.texts("maker_delegate_ids"),
         offer_created_at=fields.instant_or_none("offer_created_at"),
-        modification_window_minutes=fields.integer_or_none("modification_window_minutes"),
+        modification_window_minutes=fields.minutes_or_none("modification_window_minutes"),
         amount_minor=fields.integer_or_none("amount_minor"),
         currency=fields.text_or_none("currency"),
         auto_reject_threshold_minor=fields.integer_or_none("auto_reject_threshold_minor"),
@@ -310,11 +319,11 @@ def _bid(_auction_id: str, detail: _Fields) -> Bid:
 def _withdraw(_auction_id: str, detail: _Fields) -> Withdraw:
     reason_code, note = detail.text("reason_code"), detail.text_or_none("note")
     if reason_code not in set(WithdrawalReason):
-        raise SchemaError(f"reason_code {reason_code[:100]!r} is unknown")
+        raise SchemaError(f"detail.reason_code {reason_code[:100]!r} is unknown")
     if note is not None and len(note) > NOTE_CHARS_MAX:
-        raise SchemaError(f"note has more than {NOTE_CHARS_MAX} characters")
+        raise SchemaError(f"detail.note has more than {NOTE_CHARS_MAX} characters")
     return Withdraw(
-        WithdrawalReason(reason_code), detail.integer("default_window_minutes"), note, detail.text_or_none("device")
+        WithdrawalReason(reason_code), detail.minutes("default_window_minutes"), note, detail.text_or_none("device")
     )
 
 

@@ -7,6 +7,8 @@ from engine.domain.auction import Auction
 from engine.domain.instants import MINUTE_MS, EpochMs
 
 NOTE_CHARS_MAX: Final = 500
+WINDOW_MINUTES_MAX: Final = 525_600
+"""A year. Without a bound the end of a window could lie outside what an instant can be."""
 
 
 class WithdrawalReason(StrEnum):

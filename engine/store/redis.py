@@ -11,7 +11,7 @@ from engine.contract.audit import GENESIS, ChainHead
 from engine.contract.cursors import START
 from engine.contract.keys import ShardKeys
 from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
-from engine.domain.instants import EpochMs
+from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.link import BLOCK_MS_MAX, RedisLink, RedisRefusedError, heeding_cancellation
 from engine.store.protocol import (
@@ -373,7 +373,9 @@ class RedisStore:
     async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
         streams = [(self._keys(shard).updates, shard, since) for shard, since in after.items()]
         answer = await self._xread(streams, count, block_ms)
-        return {shard: [update_entry(stream_id, values) for stream_id, values in rows] for shard, rows in answer.items()}
+        return {
+            shard: [update_entry(stream_id, values) for stream_id, values in rows] for shard, rows in answer.items()
+        }
 
     async def follow(self, updates: Mapping[int, str], replies: Mapping[str, str], count: int, block_ms: int) -> News:
         lanes = {self._keys(shard).updates: shard for shard in updates}
@@ -429,7 +431,7 @@ def _timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | Non
 
 
 def _entry(stream_id: bytes, values: list[bytes]) -> Entry:
-    if len(values) == 6 and values[0] == b"at" and values[2] == b"id" and values[4] == b"body" and values[1].isdigit():
+    if values[::2] == [b"at", b"id", b"body"] and _is_instant(values[1]):
         return Entry(stream_id.decode(), EpochMs(int(values[1])), values[3].decode(errors="replace"), values[5])
     if _is_retried(values):
         at, event_id, body, attempts, first_seen_at = values[1::2]
@@ -440,8 +442,13 @@ def _entry(stream_id: bytes, values: list[bytes]) -> Entry:
 
 def _is_retried(values: list[bytes]) -> bool:
     return values[::2] == [b"at", b"id", b"body", b"attempts", b"first_seen_at"] and all(
-        values[index].isdigit() for index in (1, 7, 9)
+        _is_instant(values[index]) for index in (1, 7, 9)
     )
+
+
+def _is_instant(value: bytes) -> bool:
+    # The length first: whoever can write to the intake must not be able to stop its reader with a number.
+    return len(value) <= len(str(EPOCH_MS_MAX)) and value.isdigit() and int(value) <= EPOCH_MS_MAX
 
 
 def update_entry(stream_id: bytes, values: list[bytes]) -> UpdateEntry:

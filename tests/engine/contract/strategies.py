@@ -13,7 +13,7 @@ from engine.domain.auction import Auction, Offer, Registration
 from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.fold import fold
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
-from engine.domain.withdrawal import NOTE_CHARS_MAX, WithdrawalReason
+from engine.domain.withdrawal import NOTE_CHARS_MAX, WINDOW_MINUTES_MAX, WithdrawalReason
 from tests.engine.domain.examples import AUCTION_ID
 from tests.engine.domain.strategies import logs, policies
 
@@ -34,7 +34,7 @@ offers = st.builds(
     buyer_id=maybe_texts,
     maker_delegate_ids=st.lists(texts, max_size=3).map(tuple),
     offer_created_at=st.none() | instants,
-    modification_window_minutes=st.none() | st.integers(0, 10**6),
+    modification_window_minutes=st.none() | st.integers(0, WINDOW_MINUTES_MAX),
     amount_minor=amounts,
     currency=maybe_texts,
     auto_reject_threshold_minor=amounts,
@@ -52,7 +52,7 @@ bids = st.builds(
 withdrawals = st.builds(
     Withdraw,
     reason_code=st.sampled_from(WithdrawalReason),
-    default_window_minutes=st.integers(0, 10**6),
+    default_window_minutes=st.integers(0, WINDOW_MINUTES_MAX),
     note=st.none() | st.text(max_size=NOTE_CHARS_MAX),
     device=maybe_texts,
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.contract.audit import GENESIS, ChainHead, chained, record, record_hash, verify
+from engine.contract.audit import GENESIS, ChainHead, as_json, chained, operation, record, record_hash, verify
 from engine.contract.intake import SCHEDULER, Actor
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision, Fact, decide
@@ -273,3 +273,76 @@ def test_a_chain_of_real_records() -> None:
     assert verify(linked) is None
     linked[1]["details"] = linked[1]["details"].replace("18000036", "18000037")
     assert verify(linked) == 2
+
+
+@pytest.mark.requirement("R30")
+@pytest.mark.requirement("R26")
+def test_what_an_operator_did_is_a_record_like_any_other() -> None:
+    """The same fields as a transition, without a version: no auction changed. It takes its place in the chain."""
+    done = operation(
+        "OPERATOR_CANCEL",
+        auction_id="lot-7",
+        prev_status="IN_TROUBLESHOOTING_QUEUE",
+        new_status="CANCELED",
+        actor=Actor("operator", "op-1"),
+        event_id="order-1",
+        intake_id="18-0",
+        trace_id="trace-1",
+        correlation_id="req-1",
+        occurred_at=T0,
+        recorded_at=at(5),
+        details={"command_id": "bid-1", "reason": "a test", "error_code": None, "attempts": 2},
+    )
+    assert set(done) == FIELDS
+    assert all(isinstance(value, str) for value in done.values())
+    assert (done["version"], done["occurred_at"], done["recorded_at"]) == ("", str(T0), str(at(5)))
+    assert (done["actor_type"], done["actor_id"]) == ("operator", "op-1")
+    assert orjson.loads(done["details"]) == {
+        "command_id": "bid-1",
+        "reason": "a test",
+        "error_code": None,
+        "attempts": 2,
+    }
+    transition = recorded(decide(IN_STATUS[Status.ACTIVE][0], Cancel("x"), at(HOUR_MS // 6)))
+    _, linked = chain([transition, done, transition])
+    assert verify(linked) is None
+    assert verify([linked[0], linked[1] | {"actor_id": "op-2"}, linked[2]]) == 2
+
+
+@pytest.mark.requirement("R26")
+@settings(max_examples=60, deadline=None)
+@given(logs())
+def test_a_record_for_readers_of_json_says_the_same(log: Log) -> None:
+    """Numbers, an object and nulls; written back the documented way, the hash over the strings is the one it carries."""
+    auction = Auction("lot-7")
+    records = []
+    for event, arrival in log:
+        for decision in fold(auction, event, arrival):
+            auction = decision.after
+            if decision.fact is not None:
+                records.append(recorded(decision))
+    for linked in chain(records)[1]:
+        shown = as_json(linked)
+        assert isinstance(shown["details"], dict)
+        numbers = ("seq", "version", "occurred_at", "recorded_at")
+        assert {name: shown[name] for name in numbers} == {name: int(linked[name]) for name in numbers}
+        back = {name: "" if value is None else str(value) for name, value in shown.items()}
+        back["details"] = orjson.dumps(shown["details"]).decode()
+        assert back == linked
+        assert record_hash(back) == linked["hash"]
+
+
+@pytest.mark.requirement("B7")
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"seq": "1" * 5_000}, {"seq": "1" * 5_000, "details": {}}),
+        ({"seq": "²", "version": ""}, {"seq": "²", "version": None, "details": {}}),
+        ({"seq": "07"}, {"seq": "07", "details": {}}),
+        ({"details": "{oops"}, {"details": "{oops"}),
+        ({"surprise": "7"}, {"surprise": "7", "details": {}}),
+    ],
+)
+def test_a_damaged_record_can_be_shown(fields: Record, shown: Record) -> None:
+    """What was altered in the store is shown as it is: a reader must be able to see it, whatever it is."""
+    assert as_json(fields) == shown

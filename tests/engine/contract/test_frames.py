@@ -7,16 +7,17 @@ import orjson
 import pytest
 from hypothesis import given, settings
 
-from engine.contract.frames import OVER, Update, announce, is_frame
+from engine.contract.frames import OVER, Update, announce, blocked, is_frame
 from engine.contract.intake import Actor
 from engine.contract.timers import TimerRecord, timer
-from engine.domain.auction import Auction
+from engine.domain.auction import Auction, Offer
 from engine.domain.decide import Decision, Fact, decide
-from engine.domain.events import Bid, Pause, Register, Reschedule, Resume
+from engine.domain.events import Bid, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.fold import fold
 from engine.domain.instants import MINUTE_MS
 from engine.domain.lifecycle import Status, Trigger
 from engine.domain.policy import Policy
+from engine.domain.withdrawal import WithdrawalReason
 from tests.engine.domain.examples import (
     CANCELLED_BEFORE_START_ARRIVED,
     END,
@@ -215,6 +216,72 @@ def test_a_start_after_its_cancellation_is_not_announced() -> None:
     decision = decide(tombstone, Register(registration()), instant)
     assert replace(decision.after) == CANCELLED_BEFORE_START_ARRIVED
     assert announced(decision) == []
+
+
+def withdrawn(minutes: int = 60, **offer: Any) -> Decision:
+    """What becomes of the withdrawal of an offer with these facts, ten minutes after its start."""
+    auction, instant = IN_STATUS[Status.ACTIVE]
+    terms = Offer("offer-1", maker_id="maker-1", buyer_id="buyer-1", **offer)
+    auction = replace(auction, registration=replace(auction.registered, offer=terms))
+    return decide(auction, Withdraw(WithdrawalReason.PAYMENT_PROBLEM, minutes, note="sorry"), instant)
+
+
+@pytest.mark.requirement("R23")
+def test_a_cancelled_offer_to_the_letter() -> None:
+    """Outbound events say whose offer it was, of what amount, who cancelled it, why, and in which words."""
+    timer_cancelled, *offers = bodies(withdrawn(amount_minor=900, currency="EUR"))
+    assert (timer_cancelled["reason"], timer_cancelled["timer"]["status"]) == ("payment_problem", "CANCELLED")
+    for body in offers:
+        assert {name: body[name] for name in CANCELLED_OFFER} == {
+            "offer_id": "offer-1",
+            "maker_id": "maker-1",
+            "buyer_id": "buyer-1",
+            "amount_minor": 900,
+            "currency": "EUR",
+            "actor": {"type": "buyer", "id": "buyer-1"},
+            "reason": "payment_problem",
+            "note": "sorry",
+        }
+
+
+@pytest.mark.requirement("R23")
+@pytest.mark.parametrize(("amount_minor", "alarmed"), [(1_000, False), (1_001, True)])
+def test_a_cancelled_offer_of_high_value_is_announced_once_more(amount_minor: int, alarmed: bool) -> None:
+    """Over the maker's threshold, and last, so that whoever acts on it has seen the rest."""
+    types = [body["type"] for body in bodies(withdrawn(amount_minor=amount_minor, auto_reject_threshold_minor=1_000))]
+    assert types[:4] == [update_type for update_type, _ in ANNOUNCED[Fact.OFFER_CANCELLED]]
+    assert types[4:] == ["offers.cancellation.high_value"] * alarmed
+
+
+@pytest.mark.requirement("R21")
+def test_a_blocked_cancellation_to_the_letter() -> None:
+    """The code, the sentence and the reference that the refused one was given, and the version that stands."""
+    decision = withdrawn(minutes=10, amount_minor=900, currency="EUR")
+    record = TimerRecord(decision.after, "trace-1", "req-0")
+    update = blocked(
+        decision, record, actor=BUYER, support_reference="SUP-1", trace_id="trace-2", correlation_id="req-2", now=NOW
+    )
+    assert (update.type, update.auction_id, update.version) == ("offers.cancellation.blocked", "lot-7", 2)
+    assert not is_frame(update.type)
+    body = orjson.loads(update.body)
+    assert decision.refusal is not None
+    assert body == {
+        "type": "offers.cancellation.blocked",
+        "auction_id": "lot-7",
+        "server_time": NOW,
+        "trace_id": "trace-2",
+        "correlation_id": "req-2",
+        "occurred_at": decision.at,
+        "error_code": "WINDOW_EXPIRED",
+        "error": decision.refusal.message,
+        "support_reference": "SUP-1",
+        "offer_id": "offer-1",
+        "maker_id": "maker-1",
+        "buyer_id": "buyer-1",
+        "amount_minor": 900,
+        "currency": "EUR",
+        "actor": {"type": "buyer", "id": "buyer-1"},
+    }
 
 
 @pytest.mark.requirement("R14")

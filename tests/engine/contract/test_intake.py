@@ -308,12 +308,75 @@ def test_a_schema_error_names_the_field(changes: dict[str, Any], message: str) -
         ({"offer": OFFER | {"maker_delegate_ids": "me"}}, "offer.maker_delegate_ids is not a list of strings"),
         ({"offer": OFFER | {"maker_delegate_ids": ["me", 1]}}, "offer.maker_delegate_ids is not a list of strings"),
         ({"offer": OFFER | {"offer_created_at": -1}}, "offer.offer_created_at is not an instant"),
+        (
+            {"offer": OFFER | {"modification_window_minutes": -1}},
+            "offer.modification_window_minutes is not a number of",
+        ),
+        (
+            {"offer": OFFER | {"modification_window_minutes": 2**63}},
+            "offer.modification_window_minutes is not a number",
+        ),
     ],
 )
 def test_a_wrong_start_is_refused(changes: dict[str, Any], message: str) -> None:
     """The terms of a registration are checked one by one, and the policy's bounds hold at the border too."""
     with pytest.raises(SchemaError, match=f"^{re.escape(message)}"):
         read(body_of(EventType.AUCTION_STARTED, detail=START | changes))
+
+
+WITHDRAWAL = EVENTS[CommandType.OFFER_CANCEL_REQUESTED][0]
+
+
+@pytest.mark.requirement("R22")
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize(
+    ("event_type", "detail", "message"),
+    [
+        (CommandType.OFFER_CANCEL_REQUESTED, {"reason_code": None}, "detail.reason_code is not a string"),
+        (CommandType.OFFER_CANCEL_REQUESTED, {"reason_code": "bored"}, "detail.reason_code 'bored' is unknown"),
+        (CommandType.OFFER_CANCEL_REQUESTED, {"note": "x" * 501}, "detail.note has more than 500 characters"),
+        (CommandType.OFFER_CANCEL_REQUESTED, {"note": 1}, "detail.note is not a string"),
+        (CommandType.OFFER_CANCEL_REQUESTED, {"device": {}}, "detail.device is not a string"),
+        (CommandType.OFFER_CANCEL_REQUESTED, {"default_window_minutes": None}, "detail.default_window_minutes is not"),
+        (CommandType.OFFER_CANCEL_REQUESTED, {"default_window_minutes": -1}, "detail.default_window_minutes is not"),
+        (
+            CommandType.OFFER_CANCEL_REQUESTED,
+            {"default_window_minutes": 525_601},
+            "detail.default_window_minutes is not",
+        ),
+        (CommandType.RETRY_REQUESTED, {"command_id": None}, "detail.command_id is not a string"),
+        (CommandType.RETRY_REQUESTED, {"reason": 1}, "detail.reason is not a string"),
+        (CommandType.DISCARD_REQUESTED, {"command_id": 7}, "detail.command_id is not a string"),
+        (CommandType.DISCARD_REQUESTED, {"reason": None}, "detail.reason is not a string"),
+        (CommandType.DISCARD_REQUESTED, {"reason": ""}, "detail.reason is not 1-500 characters"),
+        (CommandType.DISCARD_REQUESTED, {"reason": "x" * 501}, "detail.reason is not 1-500 characters"),
+    ],
+)
+def test_a_wrong_command_is_refused(event_type: CommandType, detail: dict[str, Any], message: str) -> None:
+    """What gateways make is checked as strictly as what producers send: who writes to the stream may be anybody."""
+    with pytest.raises(SchemaError, match=f"^{re.escape(message)}"):
+        read(body_of(event_type, detail=EVENTS[event_type][0] | detail))
+
+
+@pytest.mark.requirement("R22")
+def test_the_longest_note_and_the_widest_window_are_read() -> None:
+    """The last character, the last minute and no minute at all are inside."""
+    detail = WITHDRAWAL | {"note": "ü" * 500, "default_window_minutes": 525_600}
+    assert read(body_of(CommandType.OFFER_CANCEL_REQUESTED, detail=detail)).event == Withdraw(
+        WithdrawalReason.CHANGED_MIND, 525_600, "ü" * 500, "phone-1"
+    )
+    none = read(body_of(CommandType.OFFER_CANCEL_REQUESTED, detail=detail | {"default_window_minutes": 0}))
+    assert isinstance(none.event, Withdraw)
+    assert none.event.default_window_minutes == 0
+
+
+@pytest.mark.requirement("R30")
+def test_an_operators_command_needs_no_auction() -> None:
+    """It is about a command, of whatever auction."""
+    discard = read(body_of(CommandType.DISCARD_REQUESTED))
+    assert (discard.auction_id, discard.offer_id, discard.event) == (None, None, Discard("bid-9", "a test"))
+    with pytest.raises(SchemaError, match=r"^auction_id is missing$"):
+        read(body_of(CommandType.OFFER_CANCEL_REQUESTED, auction_id=None, offer_id="offer-1"))
 
 
 @pytest.mark.requirement("R19")
