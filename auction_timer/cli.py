@@ -2,12 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from auction_timer import __version__
 from auction_timer.durations import read_duration
+from auction_timer.instants import read_instant
 from engine.domain.policy import ExtensionMode
 from engine.settings import Settings, SettingsError
 
@@ -19,6 +20,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+audit_app = typer.Typer(
+    name="audit", help="Verify and export the audit log, archive and stream together.", no_args_is_help=True
+)
+app.add_typer(audit_app)
+ops_app = typer.Typer(name="ops", help="What operators do.", no_args_is_help=True)
+app.add_typer(ops_app)
+troubleshooting_app = typer.Typer(
+    name="troubleshooting", help="Commands that could not be applied: look, retry, cancel.", no_args_is_help=True
+)
+ops_app.add_typer(troubleshooting_app)
 
 RedisUrl = Annotated[
     str | None,
@@ -40,12 +51,25 @@ Insecure = Annotated[
     ),
 ]
 Url = Annotated[str, typer.Option(help="A gateway.")]
+AuditUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="SQL database of the archive; audit.sqlite3 in the data dir if not given. Also AUCTION_TIMER_AUDIT_URL.",
+        show_default=False,
+    ),
+]
 Token = Annotated[
     str | None,
     typer.Option(
         help="Sent to the gateway. Better in AUCTION_TIMER_TOKEN: everyone on a machine may read its command lines.",
         show_default=False,
     ),
+]
+CommandId = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
+ErrorCode = Annotated[str | None, typer.Option(help="Only commands with this error.", show_default=False)]
+EventTypeName = Annotated[str | None, typer.Option(help="Only commands of this type.", show_default=False)]
+Operator = Annotated[
+    str, typer.Option(help="Who is recorded; with a token it is the token's subject.", envvar="USER")
 ]
 Parent = Annotated[int | None, typer.Option(hidden=True)]
 
@@ -91,10 +115,10 @@ def serve(
     gateways: Annotated[int, typer.Option(min=1, max=64, help="Gateway processes that share the port.")] = 1,
     insecure: Insecure = None,
 ) -> None:
-    """Run everything on one machine: store, engine, gateways.
+    """Run everything on one machine: store, engine, reconciler, gateways.
 
     Prints `ready http://HOST:PORT` when it is. Without --redis-url it runs a private server that keeps its data in the
-    data dir. Ctrl-C drains and stops. The reconciler is not part of this version.
+    data dir. Ctrl-C drains and stops. The reconciler archives the audit log; this version repairs no drift.
     """
     from auction_timer import roles
 
@@ -126,9 +150,27 @@ def gateway(
     _exit(roles.gateway(settings, parent=parent, fd=fd))
 
 
+@app.command()
+def reconciler(redis_url: RedisUrl = None, data_dir: DataDir = None, parent: Parent = None) -> None:
+    """Run one reconciler against a Redis: it archives the audit log into SQL (AUCTION_TIMER_AUDIT_URL).
+
+    Without that URL the archive is `audit.sqlite3` in the data dir.
+    """
+    from auction_timer import roles
+
+    _exit(roles.reconciler(_settings(redis_url=redis_url, data_dir=data_dir), parent=parent))
+
+
 def _duration(text: str) -> int:
     try:
         return read_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _instant(text: str) -> int:
+    try:
+        return read_instant(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -201,6 +243,126 @@ def watch(
     from auction_timer import commands
 
     _exit(commands.watch(auction_id, url=url, token=_settings(token=token).token))
+
+
+@audit_app.command("verify")
+def audit_verify(redis_url: RedisUrl = None, data_dir: DataDir = None, audit_url: AuditUrl = None) -> None:
+    """Check the hash chain of every shard, from its first record in the archive to its last one in Redis.
+
+    Prints records and head of each shard, and the first broken link of each. Exit code 1 if any is broken. Without a Redis
+    that answers it checks the archive alone, and says so.
+    """
+    from auction_timer import audit
+
+    _exit(audit.verify(_settings(redis_url=redis_url, data_dir=data_dir, audit_url=audit_url)))
+
+
+@audit_app.command("export")
+def audit_export(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; stdout if not given.", show_default=False)
+    ] = None,
+    form: Annotated[
+        Literal["jsonl", "csv"], typer.Option("--format", help="JSON Lines, whose hashes anyone can check, or CSV.")
+    ] = "jsonl",
+    auction: Annotated[str | None, typer.Option(metavar="ID", help="Only this auction.", show_default=False)] = None,
+    since: Annotated[
+        int | None,
+        typer.Option(parser=_instant, metavar="TIME", help="From this `occurred_at` on: RFC 3339 or epoch ms."),
+    ] = None,
+    until: Annotated[
+        int | None,
+        typer.Option(parser=_instant, metavar="TIME", help="Before this `occurred_at`: RFC 3339 or epoch ms."),
+    ] = None,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+    audit_url: AuditUrl = None,
+) -> None:
+    """Write audit records in order of shard and number, from the archive and, as far as not archived yet, from Redis.
+
+    JSON Lines: `{"shard": 3, "record": {...}}`. A record's `hash` is SHA-256 of its other fields as compact JSON in UTF-8
+    with sorted keys; its `prev_hash` is the `hash` of the record before it, 64 zeros before the first.
+    """
+    from auction_timer import audit
+
+    settings = _settings(redis_url=redis_url, data_dir=data_dir, audit_url=audit_url)
+    _exit(audit.export(settings, form=form, auction_id=auction, since=since, until=until, output=output))
+
+
+@troubleshooting_app.command("list")
+def ops_list(
+    error_code: ErrorCode = None,
+    event_type: EventTypeName = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most commands to show.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines with the payload, not a table.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """List commands in troubleshooting, the longest waiting first."""
+    from auction_timer import ops
+
+    _exit(
+        ops.show_parked(
+            url=url,
+            token=_settings(token=token).token,
+            error_code=error_code,
+            event_type=event_type,
+            limit=limit,
+            as_json=as_json,
+        )
+    )
+
+
+@troubleshooting_app.command("retry")
+def ops_retry(
+    command_id: CommandId,
+    reason: Annotated[str | None, typer.Option(help="Why, for the audit.", show_default=False)] = None,
+    operator: Operator = "operator",
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Send a command round again: it enters at the end of the intake, and arrives now."""
+    from auction_timer import ops
+
+    _exit(ops.retry(command_id, url=url, token=_settings(token=token).token, reason=reason, operator=operator))
+
+
+@troubleshooting_app.command("cancel")
+def ops_cancel(
+    command_id: CommandId,
+    reason: Annotated[str, typer.Option(help="Why; whoever sent the command is told.")],
+    operator: Operator = "operator",
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Cancel a command for good."""
+    from auction_timer import ops
+
+    _exit(ops.cancel(command_id, url=url, token=_settings(token=token).token, reason=reason, operator=operator))
+
+
+@troubleshooting_app.command("requeue")
+def ops_requeue(
+    error_code: ErrorCode = None,
+    event_type: EventTypeName = None,
+    limit: Annotated[int, typer.Option(min=1, max=1_000, help="Most commands to send round.")] = 100,
+    operator: Operator = "operator",
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Send many commands round again, the longest waiting first, after their cause was mended."""
+    from auction_timer import ops
+
+    _exit(
+        ops.requeue(
+            url=url,
+            token=_settings(token=token).token,
+            error_code=error_code,
+            event_type=event_type,
+            limit=limit,
+            operator=operator,
+        )
+    )
 
 
 @app.command("check-config")

@@ -144,6 +144,22 @@ def gateway(settings: Settings, *, parent: int | None = None, fd: int | None = N
     return run("gateway", settings, work, parent=parent)
 
 
+def reconciler(settings: Settings, *, parent: int | None = None) -> int:
+    """The reconciler role."""
+    from engine.metrics_server import metrics_server
+    from reconciler import app
+
+    registry = CollectorRegistry()
+    # Under `serve` the port is the engine's, and the gateways expose what every process counts.
+    port = settings.metrics_port if parent is None else None
+
+    async def work() -> None:
+        with metrics_server(port, registry):
+            await app.serve(with_redis(settings), registry)
+
+    return run("reconciler", settings, work, parent=parent)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 

@@ -1,7 +1,9 @@
-"""`serve`: everything on one machine. A private Redis, an engine and the gateways, each a real process that is kept running.
+"""`serve`: everything on one machine. A private Redis, an engine, a reconciler and the gateways, each a real process that is
+kept running.
 
-Start: store, engine, gateways, and then one line `ready http://HOST:PORT`, when `/readyz` says so.
-Stop: gateways first (they tell their sockets to come back), then the engine (it gives its shards back), the store last.
+Start: store, engine, reconciler, gateways, and then one line `ready http://HOST:PORT`, when `/readyz` says so.
+Stop: gateways first (they tell their sockets to come back), then the engine (it gives its shards back), the reconciler (it
+archives what came last), the store last.
 The port is bound here and handed down, so it stays open while a gateway restarts: whoever connects waits, and is served.
 """
 
@@ -29,6 +31,7 @@ from engine.settings import PREFIX, Settings
 READY_POLL_S: Final = 0.05
 STOP_GATEWAYS_MS: Final = 8_000
 STOP_ENGINE_MS: Final = 5_000
+STOP_RECONCILER_MS: Final = 5_000
 
 log = structlog.get_logger()
 
@@ -78,6 +81,7 @@ async def _roles(
     # In the environment, not on the command line: a Redis URL may hold a password, and everyone may read a process list.
     env = os.environ | {
         f"{PREFIX}REDIS_URL": redis_url,
+        f"{PREFIX}DATA_DIR": str(data_dir_of(settings)),
         f"{PREFIX}INSTANCE": _instance(settings),
         f"{PREFIX}HOST": settings.host,
         f"{PREFIX}PORT": str(listener.getsockname()[1]),
@@ -97,6 +101,7 @@ async def _roles(
             watched.append(asyncio.create_task(store.supervise(), name="store"))
         try:
             await children.start(ChildSpec("engine", (*prefix, "engine", "--parent", parent), env))
+            await children.start(ChildSpec("reconciler", (*prefix, "reconciler", "--parent", parent), env))
             for name in names:
                 argv = (*prefix, "gateway", "--parent", parent, "--fd", str(fd))
                 await children.start(ChildSpec(name, argv, env, pass_fds=(fd,)))
@@ -106,7 +111,10 @@ async def _roles(
         finally:
             log.info("draining")
             await asyncio.gather(*(children.stop_child(name, STOP_GATEWAYS_MS) for name in _running(children, names)))
-            await children.stop(STOP_ENGINE_MS)
+            await asyncio.gather(
+                *(children.stop_child(name, STOP_ENGINE_MS) for name in _running(children, ["engine"]))
+            )
+            await children.stop(STOP_RECONCILER_MS)
             for task in watched:
                 task.cancel()
             outcomes = await asyncio.gather(*watched, return_exceptions=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.live import live_stack, short_tmp  # noqa: F401 - fixtures
+from tests.postgresql import postgresql_server  # noqa: F401 - fixture
 from tests.servers import DEBIAN, VALKEY, Kind, Server
 
 

@@ -1,0 +1,126 @@
+"""The reconciler process: loops beside the engine that may fail, wait and try again without any auction noticing.
+
+In this version it archives the audit streams (`reconciler.archiver`) and, where a webhook is set, forwards the outbound
+events to it (`reconciler.forwarder`).
+"""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from engine.clock import Clock, SystemClock
+from engine.logs import without_secrets
+from engine.settings import Settings, SettingsError
+from engine.store.archive import ArchiveUnavailableError, ArchiveUrlError, AuditArchive, archive_url
+from engine.store.forwarder import ForwarderStore
+from engine.store.link import RedisLink
+from engine.store.protocol import StoreUnavailableError
+from engine.store.redis import RedisStore
+from reconciler.archiver import Archiver
+from reconciler.forwarder import Forwarder
+from reconciler.metrics import ReconcilerMetrics
+from reconciler.webhook import Webhook
+
+FINISH_WITHIN_S: Final = 3.0
+"""How long the end may take to archive what came last; what is left waits in Redis for the next start."""
+
+Loop = Callable[[], Coroutine[Any, Any, None]]
+
+log = structlog.get_logger()
+
+
+async def serve(settings: Settings, registry: CollectorRegistry) -> None:
+    """Run a reconciler against `settings.redis_url` until SIGTERM or SIGINT.
+
+    Raises:
+        SettingsError: the URL of the archive cannot be used.
+        DeploymentMismatchError: the store belongs to a deployment with other settings.
+        RedisRefusedError: Redis refuses us (password, permission).
+        RedisUrlError: the URL cannot be understood.
+    """
+    assert settings.redis_url is not None
+    archive = _archive(settings)
+    clock = SystemClock()
+    link = RedisLink(settings.redis_url, clock)
+    store = RedisStore(link, clock, settings.store_limits())
+    metrics = ReconcilerMetrics(registry)
+    archiver = Archiver(store, archive, metrics, shards=settings.shards, retained=settings.audit_retained)
+    forwarder = _forwarder(settings, store, clock, metrics)
+    stop = asyncio.Event()
+    running = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running.add_signal_handler(number, stop.set)
+    log.info("reconciler_starting", redis=without_secrets(settings.redis_url), archive=archive.shown)
+    try:
+        if await _until(stop, lambda: _admitted(store, settings.shards)):
+            await _until(stop, lambda: _together(_loops(archiver, forwarder)))
+            await _finish(archiver)
+    finally:
+        await archive.close()
+        await link.close()
+    log.info("reconciler_stopped")
+
+
+def _loops(archiver: Archiver, forwarder: Forwarder | None) -> list[Loop]:
+    """What runs until the stop. A loop waits out what is away; if it ends or raises, the process ends and says why."""
+    return [archiver.run] if forwarder is None else [archiver.run, forwarder.run]
+
+
+def _forwarder(settings: Settings, store: RedisStore, clock: Clock, metrics: ReconcilerMetrics) -> Forwarder | None:
+    if settings.webhook_url is None or settings.webhook_secret is None:
+        return None
+    webhook = Webhook(settings.webhook_url, settings.webhook_secret, clock)
+    return Forwarder(ForwarderStore(store.link), store, webhook, clock, settings, metrics)
+
+
+def _archive(settings: Settings) -> AuditArchive:
+    try:
+        return AuditArchive(archive_url(settings.audit_url, settings.data_dir))
+    except ArchiveUrlError as error:
+        raise SettingsError([f"AUCTION_TIMER_AUDIT_URL: {error}"]) from error
+
+
+async def _admitted(store: RedisStore, shards: int) -> None:
+    """Wait for Redis, however long, and check that it is of this deployment."""
+    waiting = False
+    while True:
+        try:
+            return await store.deployment(shards)
+        except StoreUnavailableError as error:
+            if not waiting:
+                log.warning("waiting_for_redis", error=str(error))
+            waiting = True
+
+
+async def _together(loops: list[Loop]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for loop in loops:
+            tasks.create_task(loop())
+
+
+async def _finish(archiver: Archiver) -> None:
+    """Archive what the engine has written last."""
+    with contextlib.suppress(StoreUnavailableError, ArchiveUnavailableError, TimeoutError):
+        async with asyncio.timeout(FINISH_WITHIN_S):
+            while await archiver.archive_once():
+                pass
+
+
+async def _until(stop: asyncio.Event, work: Loop) -> bool:
+    """Run `work` until it is done or `stop` is set, which cancels it; whether it was done. Its own failure is raised."""
+    working = asyncio.ensure_future(work())
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        done = working.done()
+    finally:
+        stopping.cancel()
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+    return done
