@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from engine.clock import Clock, MonotonicNs
-from engine.store.protocol import Lease, ShardStore, StoreUnavailableError
+from engine.store.protocol import Lease, LeaseStore, StoreUnavailableError
 
 log = structlog.get_logger()
 
@@ -27,7 +27,7 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        store: ShardStore,
+        store: LeaseStore,
         clock: Clock,
         holder: str,
         shard_count: int,

@@ -5,6 +5,7 @@ One class for all roles, because one environment serves them all, and a name nob
 
 import ipaddress
 import os
+from base64 import b64decode
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -160,7 +161,7 @@ class Settings(BaseSettings):
         "info", description="Least severe line that is logged."
     )
 
-    @field_validator("redis_url", "jwks_url", "token")
+    @field_validator("redis_url", "jwks_url", "webhook_url", "token")
     @classmethod
     def _not_empty(cls, value: str | None) -> str | None:
         return value or None
@@ -180,6 +181,7 @@ class Settings(BaseSettings):
         return StoreLimits(
             seen_ms=self.seen_ms,
             intake_max=self.intake_max,
+            troubleshooting_max=self.troubleshooting_max,
             updates_max=self.updates_max,
             closed_retention_ms=self.closed_retention_ms,
         )
@@ -196,7 +198,7 @@ class Settings(BaseSettings):
             found.append("durability 'replicated' is not available in this version: use 'local'")
         if self.jwks_url and self.jwks_file:
             found.append("jwks_url and jwks_file both name the public keys: unset AUCTION_TIMER_JWKS_URL or _JWKS_FILE")
-        if self.jwks_url and not _is_private(self.jwks_url):
+        if self.jwks_url and not _is_secure(self.jwks_url):
             found.append(
                 "jwks_url is neither https nor http on loopback: whoever is on the way could put keys of their own there"
             )
@@ -210,6 +212,25 @@ class Settings(BaseSettings):
             )
         if self.intake_retained * 2 > self.intake_max:
             found.append("intake_retained is more than half of intake_max: the intake would be full of applied entries")
+        return found + self._webhook_faults()
+
+    def _webhook_faults(self) -> list[str]:
+        if self.webhook_url is None:
+            return []
+        found = []
+        if not _is_secure(self.webhook_url):
+            found.append(
+                "webhook_url is neither https nor http on loopback: whoever is on the way could read every event"
+            )
+        if self.webhook_secret is None:
+            found.append(
+                "webhook_url is set and webhook_secret is not: the receiver could not tell our events from anybody's; "
+                "set AUCTION_TIMER_WEBHOOK_SECRET"
+            )
+        elif not _is_signing_secret(self.webhook_secret):
+            found.append(
+                "webhook_secret begins with whsec_, and what follows is no base64: copy it again, without spaces"
+            )
         return found
 
     @classmethod
@@ -236,14 +257,24 @@ class Settings(BaseSettings):
         return settings
 
 
-def _is_private(url: str) -> bool:
+def _is_secure(url: str) -> bool:
     """Whether nobody on the way can change what a URL answers: https, or http on this machine."""
     try:
         parts = urlsplit(url)
-        return bool(parts.hostname) and (
+        return bool(parts.hostname and (parts.port or 443) > 0) and (
             parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
         )
     except ValueError:  # such as "http://["
+        return False
+
+
+def _is_signing_secret(secret: str) -> bool:
+    """Whether a secret is plain, or `whsec_` and base64 (Standard Webhooks)."""
+    if not secret.startswith("whsec_"):
+        return True
+    try:
+        return bool(b64decode(secret.removeprefix("whsec_"), validate=True))
+    except ValueError:
         return False
 
 
