@@ -348,6 +348,60 @@ class Api:
                 return
             query["cursor"] = page["next_cursor"]
 
+    async def parked(self, *, limit: int, **filters: str) -> tuple[list[dict[str, Any]], int]:
+        """Up to `limit` commands in troubleshooting, the longest waiting first, and how many there are in all.
+
+        Args:
+            filters: `error_code`, `event_type`.
+
+        Raises:
+            RefusedError, GatewayAwayError: as for `post_events`.
+        """
+        found: list[dict[str, Any]] = []
+        query: dict[str, str | int] = dict(filters)
+        while True:
+            query["limit"] = min(limit - len(found), 500)
+            page = _json(_ok(await self._request("GET", "/ops/troubleshooting", params=query)))
+            found += page["commands"]
+            if page["next_cursor"] is None or len(found) >= limit:
+                return found, int(page["depth"])
+            query["cursor"] = page["next_cursor"]
+
+    async def retry_parked(self, command_id: str, *, reason: str | None, operator: str) -> dict[str, Any]:
+        """Send a command in troubleshooting round again.
+
+        Raises:
+            RefusedError: it is not in troubleshooting (`INVALID_OPERATION`), or not known.
+            GatewayAwayError: as for `post_events`; it may have been sent round or not.
+        """
+        return await self._operate(command_id, "retry", {"reason": reason, "operator": operator})
+
+    async def cancel_parked(self, command_id: str, *, reason: str, operator: str) -> dict[str, Any]:
+        """Cancel a command in troubleshooting for good.
+
+        Raises:
+            RefusedError, GatewayAwayError: as for `retry_parked`.
+        """
+        return await self._operate(command_id, "cancel", {"reason": reason, "operator": operator})
+
+    async def requeue(self, **wanted: str | int | None) -> dict[str, int]:
+        """Send many commands round again: `requeued`, `refused`, `pending`.
+
+        Args:
+            wanted: `limit`, `error_code`, `event_type`, `operator`, `reason`.
+
+        Raises:
+            RefusedError, GatewayAwayError: as for `post_events`.
+        """
+        return _json(_ok(await self._request("POST", "/ops/troubleshooting/requeue", json=wanted)))
+
+    async def _operate(self, command_id: str, what: str, body: dict[str, str | None]) -> dict[str, Any]:
+        path = f"/ops/troubleshooting/{quote(command_id, safe='')}/{what}"
+        response = await self._request("POST", path, json=body)
+        if response.status_code == httpx.codes.ACCEPTED:
+            raise RefusedError(response.status_code, "PENDING", "no engine has answered yet: look again in a moment")
+        return _json(_ok(response))
+
     async def readyz(self) -> Readiness:
         """Whether the gateway can do its job. Asked once: whoever wants to wait asks again.
 

@@ -1,0 +1,86 @@
+"""`auction-timer ops troubleshooting` as an operator types it, against a running stack."""
+
+import json
+import subprocess
+from uuid import uuid4
+
+import pytest
+
+from tests.live import SCRIPT, LiveStack, until
+
+pytestmark = pytest.mark.integration
+
+
+def ops(stack: LiveStack, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SCRIPT, "ops", "troubleshooting", *args, "--url", stack.url], capture_output=True, text=True, timeout=30
+    )
+
+
+def lost_bid(stack: LiveStack, *, reply_to: str | None = None) -> tuple[str, str]:
+    """A bid for an auction that nobody knows: its event id, and the auction's."""
+    auction_id, event_id = f"a-{uuid4().hex}", f"e-{uuid4().hex}"
+    detail = {"auction_id": auction_id, "bid_id": "b-1"} | ({"reply_to": reply_to} if reply_to else {})
+    stack.post({"id": event_id, "detail-type": "auctions.bid.accepted", "source": "test", "detail": detail})
+    until(lambda: event_id in ops(stack, "list", "--json", "--limit", "10000").stdout, "the bid is in troubleshooting")
+    return event_id, auction_id
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.requirement("R30")
+def test_a_command_is_listed_and_cancelled(live_stack: LiveStack) -> None:
+    """`list` shows what failed and why; `cancel` needs a reason, tells whoever sent it, and works once."""
+    reply_to = f"inbox-{uuid4().hex}"
+    event_id, _ = lost_bid(live_stack, reply_to=reply_to)
+    shown = ops(live_stack, "list", "--error-code", "UNKNOWN_AUCTION", "--limit", "10000")
+    assert event_id in shown.stdout
+    assert "in troubleshooting" in shown.stdout
+    without = ops(live_stack, "cancel", event_id, "--operator", "jane@example.com")
+    assert (without.returncode, "--reason" in without.stderr) == (2, True)
+    done = ops(live_stack, "cancel", event_id, "--reason", "a test bid", "--operator", "jane@example.com")
+    assert (done.returncode, done.stdout) == (0, f"{event_id} is CANCELED, and {reply_to} was told\n")
+    (_, fields) = live_stack.redis("XRANGE", f"auction:replies:{reply_to}", "-", "+")[-1]
+    assert fields[b"outcome"] == b"CANCELED"
+    body = json.loads(fields[b"body"])
+    assert (body["error"], body["operator"]) == ("a test bid", "jane@example.com")
+    again = ops(live_stack, "cancel", event_id, "--reason", "twice", "--operator", "jane@example.com")
+    assert (again.returncode, "INVALID_OPERATION" in again.stderr) == (1, True)
+    assert event_id not in ops(live_stack, "list", "--json", "--limit", "10000").stdout
+
+
+@pytest.mark.requirement("R32")
+def test_what_failed_is_sent_round_again_once_its_cause_is_mended(live_stack: LiveStack) -> None:
+    """`retry` takes one, `requeue` many; what fails again comes back with one more attempt, what does not is applied."""
+    event_id, _ = lost_bid(live_stack)
+    assert ops(live_stack, "retry", event_id).returncode == 0
+
+    def attempts() -> int | None:
+        lines = ops(live_stack, "list", "--json", "--limit", "10000").stdout.splitlines()
+        return next(
+            (command["attempts"] for command in map(json.loads, lines) if command["command_id"] == event_id), None
+        )
+
+    until(lambda: attempts() == 2, "the bid failed once more")
+    other_id, auction_id = lost_bid(live_stack)
+    now = live_stack.http.post("/events", json=[started(auction_id, live_stack)]).json()["results"][0]["arrival_ms"]
+    assert now > 0
+    done = ops(live_stack, "requeue", "--error-code", "UNKNOWN_AUCTION", "--limit", "1000")
+    assert (done.returncode, "refused 0" in done.stdout) == (0, True)
+    until(
+        lambda: live_stack.http.get(f"/commands/{other_id}").json().get("outcome") != "IN_TROUBLESHOOTING_QUEUE",
+        "applied",
+    )
+    assert other_id not in ops(live_stack, "list", "--json", "--limit", "10000").stdout
+
+
+def started(auction_id: str, stack: LiveStack) -> dict[str, object]:
+    now = int(stack.redis("TIME")[0]) * 1_000
+    detail = {"auction_id": auction_id, "starts_at": now - 1_000, "ends_at": now + 3_600_000}
+    return {"id": f"s-{auction_id}", "detail-type": "offers.auction.started", "source": "test", "detail": detail}
+
+
+def test_an_unknown_command_and_a_missing_gateway_are_said_plainly(live_stack: LiveStack) -> None:
+    """Each failure is one line on stderr and a non-zero exit."""
+    unknown = ops(live_stack, "retry", "nobody-knows")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (1, 1)
+    assert "RESOURCE_NOT_FOUND" in unknown.stderr
