@@ -12,14 +12,15 @@ Nothing here is ever overwritten or deleted. Where a record differs from the row
 record is given back as refused: somebody has changed one of the two, or Redis has lost records and counted on.
 """
 
+import asyncio
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, RowMapping, Table, Text, event, inspect, select
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -33,6 +34,8 @@ from sqlalchemy.sql import Select
 from engine.contract.audit import ChainHead, record_hash
 from engine.domain.instants import EpochMs
 from engine.store.protocol import AuditEntry, StoreError
+
+T = TypeVar("T")
 
 FILE_NAME: Final = "audit.sqlite3"
 PAGE: Final = 500
@@ -159,10 +162,13 @@ class AuditArchive:
         with self._typed():
             if self._file is not None:
                 _make_private(self._file)
-            async with self._engine.begin() as connection:
-                await connection.execute(CreateTable(LOG, if_not_exists=True))
-                for index in _INDEXES:
-                    await connection.execute(CreateIndex(index, if_not_exists=True))
+
+        async def make(connection: AsyncConnection) -> None:
+            await connection.execute(CreateTable(LOG, if_not_exists=True))
+            for index in _INDEXES:
+                await connection.execute(CreateIndex(index, if_not_exists=True))
+
+        await self._transact(make)
         self._made = True
 
     async def append(self, shard: int, entries: Sequence[AuditEntry]) -> list[AuditEntry]:
@@ -180,16 +186,16 @@ class AuditArchive:
         if not placed:
             return refused
         insert = sqlite_insert(LOG) if self._file is not None else postgresql_insert(LOG)
+        statement = insert.on_conflict_do_nothing().returning(LOG.c.seq)
         rows = [_row(shard, seq, entry) for seq, entry in placed.items()]
-        async with self._transaction() as connection:
-            written = set(
-                (await connection.execute(insert.on_conflict_do_nothing().returning(LOG.c.seq), rows)).scalars()
-            )
-            missing = [seq for seq in placed if seq not in written]
-            if missing:
-                held = await _held(connection, shard, missing)
-                refused += [placed[seq] for seq in missing if held[seq].fields != placed[seq].fields]
-        return refused
+
+        async def write(connection: AsyncConnection) -> dict[int, AuditEntry]:
+            written = set((await connection.execute(statement, rows)).scalars())
+            others = [seq for seq in placed if seq not in written]
+            return await _held(connection, shard, others) if others else {}
+
+        held = await self._transact(write)
+        return refused + [placed[seq] for seq, entry in held.items() if entry.fields != placed[seq].fields]
 
     async def last(self, shard: int) -> AuditEntry | None:
         """The record of a shard with the highest number."""
@@ -209,47 +215,53 @@ class AuditArchive:
 
     async def at(self, shard: int, seqs: Sequence[int]) -> dict[int, AuditEntry]:
         """The records with these numbers, as far as there are any; at most `PAGE` of them are asked for."""
-        async with self._reading() as connection:
-            return {} if connection is None else await _held(connection, shard, seqs)
+        return await self._read(lambda connection: _held(connection, shard, seqs), {})
 
     async def shards(self) -> list[int]:
         """The shards it holds records of, in order."""
-        async with self._reading() as connection:
-            if connection is None:
-                return []
+
+        async def ask(connection: AsyncConnection) -> list[int]:
             return list((await connection.execute(select(LOG.c.shard).distinct().order_by(LOG.c.shard))).scalars())
+
+        return await self._read(ask, [])
 
     async def exists(self) -> bool:
         """Whether anybody has made it."""
-        async with self._reading() as connection:
-            return connection is not None
+
+        async def ask(_connection: AsyncConnection) -> bool:
+            return True
+
+        return await self._read(ask, False)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._engine.dispose()
 
     async def _entries(self, query: Select[Any]) -> list[AuditEntry]:
-        async with self._reading() as connection:
-            if connection is None:
-                return []
+        async def ask(connection: AsyncConnection) -> list[AuditEntry]:
             return [_entry(row) for row in (await connection.execute(query)).mappings()]
 
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection | None]:
-        """A connection; None while there is no table. SQLite would make a file of every name it is asked for."""
+        return await self._read(ask, [])
+
+    async def _read(self, ask: Callable[[AsyncConnection], Awaitable[T]], nothing: T) -> T:
+        """What `ask` finds; `nothing` while there is no table. SQLite would make a file of every name it is asked for."""
         if self._file is not None and not self._file.exists():
-            yield None
-            return
-        async with self._transaction() as connection:
+            return nothing
+
+        async def look(connection: AsyncConnection) -> T:
             if not self._made:
                 self._made = await connection.run_sync(lambda sync: inspect(sync).has_table(LOG.name))
-            yield connection if self._made else None
+            return await ask(connection) if self._made else nothing
 
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
-        with self._typed():
-            async with self._engine.begin() as connection:
-                yield connection
+        return await self._transact(look)
+
+    async def _transact(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        async def transaction() -> T:
+            with self._typed():
+                async with self._engine.begin() as connection:
+                    return await work(connection)
+
+        return await _to_its_end(transaction())
 
     @contextmanager
     def _typed(self) -> Iterator[None]:
@@ -259,6 +271,22 @@ class AuditArchive:
             # What SQLAlchemy says itself is the whole statement; the driver says what is wrong.
             reason = error.orig if isinstance(error, DBAPIError) else error
             raise ArchiveUnavailableError(f"the audit archive {self.shown} does not answer: {reason}") from error
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`; a cancellation waits until it is over.
+
+    A statement that is cancelled half-way keeps SQLite's lock until its cursor is collected, and every later write fails.
+    The wait is bounded by the time-outs of lock and command.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # nobody is left to be told
+        raise
 
 
 async def _held(connection: AsyncConnection, shard: int, seqs: Sequence[int]) -> dict[int, AuditEntry]:
