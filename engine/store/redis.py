@@ -380,8 +380,11 @@ class RedisStore:
     async def follow(self, updates: Mapping[int, str], replies: Mapping[str, str], count: int, block_ms: int) -> News:
         lanes = {self._keys(shard).updates: shard for shard in updates}
         askers = {keys.replies(reply_to): reply_to for reply_to in replies}
-        since = [*updates.values(), *replies.values()]
-        answer = await self._xread_streams([*lanes, *askers], since, count, block_ms)
+        names, since = [*lanes, *askers], [*updates.values(), *replies.values()]
+        answer = await self._xread_streams(names, since, count, block_ms)
+        if block_ms > 0 and not askers.keys().isdisjoint(answer):
+            # Redis 7.0 gives a read that had to wait only the stream that woke it: an answer without its announcements.
+            answer = await self._xread_streams(names, since, count, 0)
         news = News({}, {})
         for name, rows in answer.items():
             if name in lanes:

@@ -50,6 +50,10 @@ class Bench(ABC):
         """The same data behind a store whose intake is bounded so."""
 
     @abstractmethod
+    def with_troubleshooting_max(self, bound: int) -> Any:
+        """The same data behind a store whose troubleshooting is bounded so."""
+
+    @abstractmethod
     async def dump(self) -> Any:
         """Everything the store holds, as a value that can be compared."""
 
@@ -107,14 +111,18 @@ class MemoryBench(Bench):
         other.shards = self.store.shards
         return other
 
+    def with_troubleshooting_max(self, bound: int) -> MemoryStore:
+        other = MemoryStore(self.authority, troubleshooting_max=bound)
+        other.shards = self.store.shards
+        return other
+
     async def dump(self) -> Any:
         shards = {number: asdict(memory) for number, memory in self.store.shards.items()}
         return deepcopy((shards, dict(self.store.replies)))
 
     async def inject(self, shard: int, **fields: str) -> str:
         memory = self.store.shards[shard]
-        at = fields.get("at", "")
-        entry = Entry(memory.next_id(), EpochMs(int(at)) if at.isdigit() else None, fields.get("id", ""), b"?")
+        entry = Entry(memory.next_id(), None, fields.get("id", ""), b"?")
         memory.events.append(entry)
         return entry.stream_id
 
@@ -159,6 +167,9 @@ class RedisBench(Bench):
 
     def with_intake_max(self, bound: int) -> RedisStore:
         return RedisStore(self.link, SystemClock(), StoreLimits(intake_max=bound))
+
+    def with_troubleshooting_max(self, bound: int) -> RedisStore:
+        return RedisStore(self.link, SystemClock(), StoreLimits(troubleshooting_max=bound))
 
     async def dump(self) -> Any:
         held = {}
