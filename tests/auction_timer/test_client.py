@@ -32,6 +32,7 @@ from auction_timer.client import (
     ServerClock,
     SocketClosedError,
     TimerSession,
+    TokenError,
     UnknownAuctionError,
     UrlError,
     gateway_url,
@@ -512,6 +513,30 @@ class TestApi:
         ((_, request),) = script.requests
         assert orjson.loads(request.content) == [{"id": "e1"}, {"id": "e2"}]
         assert request.headers["Content-Type"] == "application/json"
+        assert "Authorization" not in request.headers
+
+    @pytest.mark.requirement("R24")
+    def test_a_token_is_sent_with_every_request(self) -> None:
+        """As `Authorization: Bearer`, without the newline of a file; who is refused is told what to do."""
+        timeline = Timeline()
+        script = Script(timeline, httpx.Response(401, json={"error_code": "UNAUTHENTICATED", "detail": "no good"}))
+
+        async def scenario() -> None:
+            async with Api(URL, token="h.p.s\n", transport=script) as api:
+                with pytest.raises(RefusedError, match="AUCTION_TIMER_TOKEN") as caught:
+                    await api.get_timer("a-1")
+                assert "h.p.s" not in str(caught.value)
+
+        run(timeline, scenario)
+        ((_, request),) = script.requests
+        assert request.headers["Authorization"] == "Bearer h.p.s"
+
+    @pytest.mark.parametrize("token", ["", "two words", "a\nb", "a\x00b", "\u201cquoted\u201d"])
+    def test_what_cannot_be_a_token_is_not_sent(self, token: str) -> None:
+        """Nor repeated in the message."""
+        with pytest.raises(TokenError) as caught:
+            Api(URL, token=token)
+        assert not token or token not in str(caught.value)
 
     def test_what_may_have_been_taken_is_sent_again_with_the_same_ids(self) -> None:
         """After a 503 or a lost connection the same bytes go out again, later and later."""
@@ -674,6 +699,7 @@ class FakeGateway:
         self._parts = list(parts)
         self.url = ""
         self.paths: list[str] = []
+        self.authorizations: list[str | None] = []
         self.heard: list[dict[str, Any]] = []
 
     def _part(self) -> Part | Response:
@@ -681,6 +707,7 @@ class FakeGateway:
 
     def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         self.paths.append(request.path)
+        self.authorizations.append(request.headers.get("Authorization"))
         part = self._part()
         return part if isinstance(part, Response) else None
 
@@ -802,6 +829,14 @@ class TestWatching:
         with pytest.raises(SocketClosedError, match=str(code)) as caught:
             await watched(FakeGateway(says(snapshot(), close=code, reason="why")))
         assert (caught.value.code, caught.value.reason) == (code, "why")
+
+    async def test_a_token_goes_with_every_handshake(self) -> None:
+        """Also with that of the line that takes over from a lost one."""
+        gateway = FakeGateway(says(snapshot(), close=1001), says(ENDED))
+        async with gateway.running() as url:
+            async for _ in watch_auction(url, AUCTION, token="h.p.s", retry=QUICK):
+                pass
+        assert gateway.authorizations == ["Bearer h.p.s"] * 2
 
     async def test_nobody_there_is_an_error_within_its_bound(self) -> None:
         """A first connection is given up sooner than one that was live."""

@@ -103,6 +103,17 @@ ROUTES: dict[str, dict[str, int]] = {
     "GET /auctions/unknown/timer": {"*": 404},
     "POST /events": {"*": 403, "producer": 400, "both": 400},
     "GET /metrics": {"*": 403, "operator": 200, "both": 200},
+    "POST /auctions/unknown/pause": {"*": 403, "operator": 400, "both": 400},
+    "POST /auctions/unknown/resume": {"*": 403, "operator": 400, "both": 400},
+    "POST /auctions/unknown/cancel": {"*": 400},
+    "GET /auctions/unknown/audit": {"*": 404},
+    "GET /offers/unknown/cancellation": {"*": 404},
+    "PUT /offers/unknown/cancel": {"*": 400},
+    "GET /commands/unknown": {"*": 404},
+    "GET /ops/troubleshooting": {"*": 403, "operator": 200, "both": 200},
+    "POST /ops/troubleshooting/requeue": {"*": 403, "operator": 400, "both": 400},
+    "POST /ops/troubleshooting/unknown/retry": {"*": 403, "operator": 400, "both": 400},
+    "POST /ops/troubleshooting/unknown/cancel": {"*": 403, "operator": 400, "both": 400},
     "DELETE /events": {"*": 405},
     "GET /no/such/route": {"*": 404},
     "OPTIONS /auctions": {"*": 405},
@@ -120,7 +131,9 @@ async def test_each_route_is_open_to_whom_it_should_be(route: str, caller: str) 
         method, path = route.split()
         made_token = CALLERS[caller]
         headers = {"X-Correlation-Id": "mine-1"} | ({"Authorization": f"Bearer {made_token}"} if made_token else {})
-        answer = await made.http.request(method, path, headers=headers, content=b"{" if method == "POST" else None)
+        answer = await made.http.request(
+            method, path, headers=headers, content=b"{" if method in {"POST", "PUT"} else None
+        )
         assert answer.headers["x-correlation-id"] == "mine-1"
         if caller in REFUSED:
             assert answer.status_code == 401
@@ -152,6 +165,29 @@ async def test_probes_and_descriptions_need_no_token(path: str) -> None:
             assert (await made.http.get(close)).status_code == 401
 
 
+@pytest.mark.requirement("R24")
+@pytest.mark.parametrize("caller", ["viewer", "producer"])
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/auctions/{}/cancel", {"reason": "mine now"}),
+        ("GET", "/auctions/{}/audit", None),
+    ],
+)
+async def test_what_belongs_to_others_looks_like_what_is_not_there(
+    caller: str, method: str, path: str, body: dict[str, str] | None
+) -> None:
+    """Status, headers and body of the two answers differ in nothing but the id that was asked for."""
+    async with front(jwt_secret=SECRET) as made:
+        made.put(record(version=1))
+        headers = {"Authorization": f"Bearer {CALLERS[caller]}", "X-Correlation-Id": "mine-1"}
+        foreign = await made.http.request(method, path.format("a-1"), headers=headers, json=body)
+        unknown = await made.http.request(method, path.format("a-2"), headers=headers, json=body)
+        assert foreign.status_code == 404
+        assert foreign.headers == unknown.headers
+        assert foreign.text == unknown.text.replace("a-2", "a-1")
+
+
 async def test_every_documented_operation_says_whether_it_asks_for_a_token() -> None:
     """`/openapi.json` names 401 exactly where the gateway gives it."""
     async with front(jwt_secret=SECRET) as made:
@@ -159,7 +195,7 @@ async def test_every_documented_operation_says_whether_it_asks_for_a_token() -> 
         assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
-                answer = await made.http.request(method, path.replace("{auction_id}", AUCTION))
+                answer = await made.http.request(method, path.replace("{", "").replace("}", ""))
                 assert ("401" in operation["responses"]) is (answer.status_code == 401), f"{method} {path}"
                 assert (operation.get("security") == []) is (path in OPEN_PATHS)
 
@@ -171,7 +207,9 @@ async def test_in_open_mode_no_token_is_asked_for(route: str) -> None:
         made.put(record(version=1))
         method, path = route.split()
         headers = {"Authorization": "Bearer garbage"}
-        answer = await made.http.request(method, path, headers=headers, content=b"{" if method == "POST" else None)
+        answer = await made.http.request(
+            method, path, headers=headers, content=b"{" if method in {"POST", "PUT"} else None
+        )
         assert answer.status_code not in (401, 403)
 
 
