@@ -2,20 +2,23 @@
 
 from typing import Any
 
-from engine.contract.intake import Actor, Context, EventType, IntakeEvent, encode
+from engine.contract.intake import Actor, CommandType, Context, Discard, EventType, IntakeEvent, Retry, encode
 from engine.domain.auction import Offer, Registration
-from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume
+from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.instants import EpochMs
 from engine.domain.policy import Policy
+from engine.domain.withdrawal import WithdrawalReason
 from engine.store.protocol import Draft
 
 MAKER = Actor("maker", "m-1")
+BUYER = Actor("buyer", "buyer-1")
+OPERATOR = Actor("operator", "op-1")
 
 
 def draft(
     event_id: str,
-    event_type: EventType,
-    event: InputEvent,
+    event_type: EventType | CommandType,
+    event: InputEvent | Retry | Discard,
     auction_id: str | None,
     *,
     offer_id: str | None = None,
@@ -45,11 +48,12 @@ def start(
     event_id: str | None = None,
     policy: Policy | None = None,
     offer_id: str | None = None,
+    offer: Offer | None = None,
     **context: Any,
 ) -> Draft:
     """`offers.auction.started`."""
     registration = Registration(
-        auction_id, EpochMs(starts_at), EpochMs(ends_at), policy or Policy(), Offer(offer_id=offer_id)
+        auction_id, EpochMs(starts_at), EpochMs(ends_at), policy or Policy(), offer or Offer(offer_id=offer_id)
     )
     event_id = event_id or f"start-{auction_id}"
     return draft(event_id, EventType.AUCTION_STARTED, Register(registration), auction_id, **context)
@@ -87,6 +91,24 @@ def reschedule(auction_id: str, event_id: str, ends_at: int, **context: Any) -> 
     """`auctions.schedule.changed`."""
     event = Reschedule(EpochMs(ends_at), "hall is booked longer")
     return draft(event_id, EventType.SCHEDULE_CHANGED, event, auction_id, **context)
+
+
+def withdraw(auction_id: str, event_id: str, *, minutes: int = 30, **context: Any) -> Draft:
+    """`offers.cancel.requested`."""
+    event = Withdraw(WithdrawalReason.CHANGED_MIND, minutes, note="sorry", device="phone-1")
+    return draft(event_id, CommandType.OFFER_CANCEL_REQUESTED, event, auction_id, **{"actor": BUYER} | context)
+
+
+def retry(command_id: str, event_id: str, **context: Any) -> Draft:
+    """`troubleshooting.retry.requested`."""
+    event = Retry(command_id, "known by now")
+    return draft(event_id, CommandType.RETRY_REQUESTED, event, None, **{"actor": OPERATOR} | context)
+
+
+def discard(command_id: str, event_id: str, **context: Any) -> Draft:
+    """`troubleshooting.cancel.requested`."""
+    event = Discard(command_id, "of no use")
+    return draft(event_id, CommandType.DISCARD_REQUESTED, event, None, **{"actor": OPERATOR} | context)
 
 
 def poison(event_id: str, body: bytes = b"{not json") -> Draft:
