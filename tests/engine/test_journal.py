@@ -1,7 +1,8 @@
 """Tests for engine.journal: what is written for a decision, spelled as the operations of one batch. No store, no clock."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import pytest
@@ -12,7 +13,7 @@ from engine.contract.timers import CorruptTimerError, TimerRecord, moving_fields
 from engine.domain.auction import Auction
 from engine.domain.instants import MINUTE_MS, EpochMs
 from engine.domain.lifecycle import Status
-from engine.journal import Journal, peek
+from engine.journal import Journal, peek, support_reference
 from engine.store.protocol import (
     Announce,
     BindOffer,
@@ -27,11 +28,25 @@ from engine.store.protocol import (
     PutTimer,
     Record,
     Reply,
+    Requeue,
     ShardHead,
+    Unpark,
 )
 from tests.engine.domain.examples import END, IN_STATUS, T0
 from tests.engine.domain.examples import at as after_t0
-from tests.fakes.events import bid, cancel, cancel_offer, pause, poison, resume, start
+from tests.fakes.events import (
+    bid,
+    cancel,
+    cancel_offer,
+    discard,
+    pause,
+    poison,
+    reschedule,
+    resume,
+    retry,
+    start,
+    withdraw,
+)
 
 HEAD = ShardHead("4-0", ChainHead(9, "e" * 64), EpochMs(T0 - MINUTE_MS))
 NOW = after_t0(90 * MINUTE_MS)
@@ -335,3 +350,126 @@ def test_the_cursor_follows_every_entry() -> None:
     drafted.apply(bid("unknown", "x"), at)
     assert drafted.journal.batch().intake == "8-0"
     assert HEAD.intake != START
+
+
+# What became of a command.
+
+
+COMMANDS: Final[dict[str, tuple[Status, Callable[..., Draft]]]] = {
+    "cancel": (Status.ACTIVE, lambda **ask: cancel("lot-7", event_id="c-1", **ask)),
+    "pause": (Status.ACTIVE, lambda **ask: pause("lot-7", "c-1", **ask)),
+    "resume": (Status.PAUSED, lambda **ask: resume("lot-7", "c-1", **ask)),
+    "reschedule": (Status.ACTIVE, lambda **ask: reschedule("lot-7", "c-1", END + 1, **ask)),
+    "withdraw": (Status.ACTIVE, lambda **ask: withdraw("lot-7", "c-1", minutes=600, **ask)),
+    "refused": (Status.ENDED, lambda **ask: cancel("lot-7", event_id="c-1", **ask)),
+    "without effect": (Status.ACTIVE, lambda **ask: reschedule("lot-7", "c-1", END, **ask)),
+}
+
+
+@pytest.mark.requirement("R30")
+@pytest.mark.parametrize("ask", [{}, {"reply_to": "inbox"}], ids=["unasked", "asked"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_became_of_a_command_is_kept(command: str, ask: dict[str, str]) -> None:
+    """Whether or not somebody waits for the answer; to whoever waits the same is said."""
+    status, make = COMMANDS[command]
+    auction, at = known(status)
+    drafted = Drafted(auction).apply(make(**ask), at)
+    (kept,) = drafted.operations(KeepOutcome)
+    assert kept.command_id == "c-1"
+    assert orjson.loads(kept.body)["command_id"] == "c-1"
+    assert [reply.body for reply in drafted.operations(Reply)] == [kept.body] * len(ask)
+
+
+@pytest.mark.parametrize("ask", [{}, {"reply_to": "inbox"}], ids=["unasked", "asked"])
+def test_what_became_of_a_bid_or_a_start_is_not_kept(ask: dict[str, str]) -> None:
+    """There are too many of them, and nobody asks by their id: applied, late or parked, whoever waits is answered."""
+    auction, at = known(Status.ACTIVE)
+    drafted = Drafted(auction).apply(bid("lot-7", "b-1", **ask), at).apply(start("lot-8", T0, END, **ask), at)
+    drafted.apply(bid("unknown", "b-2", **ask), at).apply(start("lot-7", T0, END + 1, event_id="other", **ask), at)
+    assert drafted.operations(KeepOutcome) == []
+    assert len(drafted.operations(Reply)) == 4 * len(ask)
+    assert len(drafted.operations(Park)) == 2
+
+
+@pytest.mark.requirement("R20")
+@pytest.mark.requirement("R26")
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("refused", "without effect")])
+def test_an_answer_carries_its_record(command: str) -> None:
+    """The metadata of the one record the command has made, as the chain holds it, with the shard it is in."""
+    status, make = COMMANDS[command]
+    auction, at = known(status)
+    drafted = Drafted(auction).apply(make(reply_to="inbox"), at)
+    (record,) = drafted.operations(Record)
+    (reply,) = drafted.operations(Reply)
+    answer = orjson.loads(reply.body)
+    assert answer["audit"] == {**record.fields, "shard": "0"}
+    assert answer["audit"]["hash"] == drafted.batch.chain.hash
+    assert answer["audit"]["seq"] == str(drafted.batch.chain.seq)
+
+
+@pytest.mark.requirement("R26")
+def test_an_answer_carries_its_own_record_and_not_that_of_time() -> None:
+    """Where time moved the auction before and after the command, the record in the answer is the command's."""
+    auction, _ = known(Status.SCHEDULED)
+    drafted = Drafted(auction).apply(reschedule("lot-7", "c-1", END - 1, reply_to="inbox"), after_t0(50 * MINUTE_MS))
+    drafted.journal.elapse("lot-7", NOW)
+    (reply,) = drafted.operations(Reply)
+    assert orjson.loads(reply.body)["audit"]["event_type"] == "auction_timer_rescheduled"
+    assert len(drafted.facts()) == 4
+
+
+@pytest.mark.requirement("R25")
+@pytest.mark.parametrize("command", ["refused", "without effect"])
+def test_what_did_not_happen_has_no_record(command: str) -> None:
+    """A refusal and a command without effect are answered without one."""
+    status, make = COMMANDS[command]
+    auction, at = known(status)
+    drafted = Drafted(auction).apply(make(reply_to="inbox"), at)
+    (reply,) = drafted.operations(Reply)
+    assert "audit" not in orjson.loads(reply.body)
+    assert drafted.operations(Record) == []
+
+
+@pytest.mark.requirement("R21")
+def test_only_a_refused_withdrawal_is_announced_as_blocked() -> None:
+    """Others that are refused are answered and no more; the reference is that of the answer."""
+    auction, at = known(Status.ENDED)
+    drafted = Drafted(auction).apply(cancel("lot-7", reply_to="inbox"), at)
+    drafted.apply(withdraw("lot-7", "w-1", reply_to="inbox"), at)
+    (blocked,) = drafted.operations(Announce)
+    cancelled, withdrawn = [orjson.loads(reply.body) for reply in drafted.operations(Reply)]
+    assert "support_reference" not in cancelled
+    assert withdrawn["support_reference"] == support_reference("w-1")
+    assert orjson.loads(blocked.body)["support_reference"] == support_reference("w-1")
+    kinds = [type(one) for one in drafted.operations(Announce, Reply)]
+    assert kinds == [Reply, Announce, Reply], "what a commit announces is there when its answer is"
+
+
+@pytest.mark.requirement("R30")
+def test_an_operators_command_spelled_out() -> None:
+    """Out of troubleshooting first, then what becomes of it, the record, and the answers; no auction is guarded."""
+    (parked,) = Drafted().apply(bid("lot-7", "b-1", reply_to="bidding"), T0).operations(Park)
+    commands = {"bid-b-1": parked.body}
+    retried = Drafted(parked=commands).apply(retry("bid-b-1", "order-1", reply_to="i"), T0 + 5)
+    kinds = [type(one) for one in retried.operations()]
+    assert kinds == [Unpark, Requeue, Record, Reply, KeepOutcome]
+    (requeue,) = retried.operations(Requeue)
+    assert (requeue.event_id, requeue.attempts, requeue.first_seen_at) == ("bid-b-1", 1, T0)
+    assert orjson.loads(requeue.body) == orjson.loads(bid("lot-7", "b-1", reply_to="bidding").body)
+    discarded = Drafted(parked=commands).apply(discard("bid-b-1", "order-1", reply_to="i"), T0 + 5)
+    kinds = [type(one) for one in discarded.operations()]
+    assert kinds == [Unpark, Reply, KeepOutcome, Record, Reply, KeepOutcome]
+    for drafted in (retried, discarded):
+        assert drafted.batch.versions == {}
+        assert drafted.batch.due_at is None
+        assert drafted.batch.intake == "5-0"
+        assert verify([record.fields for record in drafted.operations(Record)], HEAD.chain) is None
+
+
+def test_an_event_for_a_damaged_timer_is_kept_for_whoever_asks() -> None:
+    """A command for it is in troubleshooting, and says so under its id; a bid only there."""
+    damaged = {"lot-7": CorruptTimerError("timer 'lot-7': ends_at")}
+    drafted = Drafted(unreadable=damaged).apply(cancel("lot-7"), T0).apply(bid("lot-7", "b-1"), T0)
+    (kept,) = drafted.operations(KeepOutcome)
+    assert (kept.command_id, orjson.loads(kept.body)["outcome"]) == ("cancel-lot-7", "IN_TROUBLESHOOTING_QUEUE")
+    assert len(drafted.operations(Park)) == 2
