@@ -74,6 +74,11 @@ def make(step: Step, serial: int, now_s: float) -> Draft:
             return events.pause(auction, f"p-{serial}", **ask)
         case "resume":
             return events.resume(auction, f"r-{serial}", **ask)
+        case "withdraw":
+            # The window is counted from the start: some of these come too late.
+            return events.withdraw(auction, f"w-{serial}", minutes=3 * n, **ask)
+        case "discard":
+            return events.discard(f"poison-{serial - 1 - n % 3}", f"d-{serial}", **ask)
         case "reschedule":
             return events.reschedule(auction, f"s-{serial}", at(now_s + 40 * n), **ask)
         case _:
@@ -92,6 +97,7 @@ KINDS: Final = [
     *["start"] * 3,
     *["bid"] * 8,
     *("repeated bid", "cancel", "cancel offer", "pause", "resume", "resume", "reschedule", "poison", "injected"),
+    *("withdraw", "discard"),
 ]
 GAPS_S: Final = [0, 0.001, 1, 14.999, 15, 20, 30, 30, 45, 59.999, 60, 90]
 
@@ -115,7 +121,12 @@ logs = st.one_of(
     stretches(KINDS, 3, 20),
     *[
         st.builds(list.__add__, stretches(["start"], 1, 2), stretches(kinds, 3, 16))
-        for kinds in (["bid"], ["bid", "bid", "repeated bid", "pause", "resume", "reschedule"], KINDS)
+        for kinds in (
+            ["bid"],
+            ["bid", "bid", "repeated bid", "pause", "resume", "reschedule"],
+            ["bid", "withdraw", "withdraw", "poison", "discard", "discard"],
+            KINDS,
+        )
     ],
 )
 faults = st.lists(st.sampled_from(list(Fault)), max_size=30)
@@ -196,8 +207,8 @@ UNSTABLE: Final = {"seq", "prev_hash", "hash", "recorded_at", "intake_id"}
 def without_time(body: bytes) -> Any:
     """A body as it reads but for when it was written."""
     read = orjson.loads(body)
-    for part in (read, read.get("timer") or {}, read.get("audit") or {}):
-        for name in ("server_time", "remaining_ms", *UNSTABLE):
+    for part in (read, read.get("timer") or {}, read.get("audit") or {}, read.get("command") or {}):
+        for name in ("server_time", "remaining_ms", "canceled_at", *UNSTABLE):
             part.pop(name, None)
     return read
 
@@ -239,6 +250,8 @@ def check_audit(world: World) -> None:
     status: dict[str, str] = {}
     version: dict[str, int] = {}
     for record in world.shard.audit:
+        if record["event_type"].startswith("OPERATOR_"):
+            continue  # what happened to a command, not to an auction
         name = record["auction_id"]
         assert record["prev_status"] == status.get(name, "")
         changed = record["event_type"] not in ("bid_accepted", "late_bid_ignored")
@@ -261,6 +274,18 @@ def check_never_early(made: Disturbed) -> None:
 @pytest.mark.requirement("B7")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(log=logs, plan=faults, batch_max=st.integers(1, 4), ahead_ms=st.sampled_from([0, 0, 3, 250]))
+@example(
+    log=[
+        Step(0, "start", "a", 0, False, False),
+        Step(1, "poison", "b", 0, True, False),
+        Step(29, "withdraw", "a", 1, True, True),
+        Step(0, "discard", "b", 3, True, False),
+        Step(0, "withdraw", "a", 1, True, False),
+    ],
+    plan=[Fault.AFTER, Fault.BEFORE, Fault.AFTER, Fault.AFTER, Fault.BEFORE],
+    batch_max=1,
+    ahead_ms=0,
+)
 @example(
     log=[
         Step(0, "start", "a", 0, False, False),
@@ -287,6 +312,8 @@ def test_an_interrupted_shard_has_the_history_of_one_that_never_was(
         event(f"engines: {min(rough.engines, 4)}")
         event(f"commits lost: {sum(answer is None for _, answer in rough.store.commits) > 0}")
         event(f"extended: {any('extended' in record['event_type'] for record in calm.shard.audit)}")
+        event(f"withdrawn: {any(record['event_type'] == 'offer_cancelled' for record in calm.shard.audit)}")
+        event(f"discarded: {any(record['event_type'] == 'OPERATOR_CANCEL' for record in calm.shard.audit)}")
         event(f"ended: {any(record['new_status'] == 'ENDED' for record in calm.shard.audit)}")
 
     asyncio.run(scenario())
