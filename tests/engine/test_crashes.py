@@ -78,11 +78,11 @@ def make(step: Step, serial: int, now_s: float) -> Draft:
             # The window is counted from the start: some of these come too late.
             return events.withdraw(auction, f"w-{serial}", minutes=3 * n, **ask)
         case "discard":
-            return events.discard(f"poison-{serial - 1 - n % 3}", f"d-{serial}", **ask)
+            return events.discard(f"poison-{n % 3}", f"d-{serial}", **ask)
         case "reschedule":
             return events.reschedule(auction, f"s-{serial}", at(now_s + 40 * n), **ask)
         case _:
-            return events.poison(f"poison-{serial}")
+            return events.poison(f"poison-{n % 3}")
 
 
 async def arrive(world: World, step: Step, serial: int, now_s: float) -> None:
@@ -279,7 +279,7 @@ def check_never_early(made: Disturbed) -> None:
         Step(0, "start", "a", 0, False, False),
         Step(1, "poison", "b", 0, True, False),
         Step(29, "withdraw", "a", 1, True, True),
-        Step(0, "discard", "b", 3, True, False),
+        Step(0, "discard", "b", 0, True, False),
         Step(0, "withdraw", "a", 1, True, False),
     ],
     plan=[Fault.AFTER, Fault.BEFORE, Fault.AFTER, Fault.AFTER, Fault.BEFORE],
