@@ -19,7 +19,8 @@ from gateway.commands import RETRY_AFTER_S
 from gateway.problems import Problem, ProblemType
 from gateway.queries import integer_of, limit_of
 
-SEQ_MAX: Final = 2**53 - 1
+SEQ_MAX: Final = 10**15 - 1
+"""What every reader of JSON holds exactly, in as many digits as a pattern can say."""
 
 
 @dataclass(frozen=True, slots=True)

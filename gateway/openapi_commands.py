@@ -153,7 +153,7 @@ def command_schemas() -> dict[str, Any]:
         "TroubleshootingCommand": _COMMAND,
         "CommandOutcome": _OUTCOME,
         "OfferCancellation": _PREFLIGHT,
-        "OfferCancelled": _OFFER_CANCELLED,
+        "CancelledOffer": _OFFER_CANCELLED,
     }
 
 
@@ -170,7 +170,9 @@ _PENDING: Final = {
 }
 
 
-def _auction_command(operation: str, summary: str, schema: str, *, required: bool) -> dict[str, Any]:
+def _auction_command(
+    operation: str, summary: str, schema: str, *further: ProblemType, required: bool
+) -> dict[str, Any]:
     return {
         "post": {
             "operationId": operation,
@@ -180,7 +182,7 @@ def _auction_command(operation: str, summary: str, schema: str, *, required: boo
             "responses": {
                 "200": answer("Done: the timer as it now stands", ref("Timer")),
                 **_PENDING,
-                **problems(*_COMMAND_PROBLEMS, *_FSM_PROBLEMS),
+                **problems(*_COMMAND_PROBLEMS, *_FSM_PROBLEMS, *further),
             },
         }
     }
@@ -196,7 +198,7 @@ def _operation(operation: str, summary: str, schema: str, *, required: bool) -> 
             "responses": {
                 "200": answer("Done: the command as it left troubleshooting", ref("TroubleshootingCommand")),
                 **_PENDING,
-                **problems(*_COMMAND_PROBLEMS, ProblemType.INVALID_OPERATION),
+                **problems(*_COMMAND_PROBLEMS, ProblemType.INVALID_OPERATION, ProblemType.INSUFFICIENT_SCOPE),
             },
         }
     }
@@ -206,21 +208,30 @@ def command_paths() -> dict[str, Any]:
     """The routes, by path."""
     limit = query("limit", "entries per page", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX})
     cursor = query("cursor", "`next_cursor` of the page before", {"type": "string"})
+    seq = query("cursor", "`next_cursor` of the page before", {"type": "string", "pattern": "^[0-9]{1,15}$"})
     return {
         "/auctions/{auction_id}/cancel": _auction_command(
             "cancelAuction", "Cancel an auction", "CancelBody", required=True
         ),
         "/auctions/{auction_id}/pause": _auction_command(
-            "pauseAuction", "Freeze the remaining time; scope `ops`", "PauseBody", required=False
+            "pauseAuction",
+            "Freeze the remaining time; scope `ops`",
+            "PauseBody",
+            ProblemType.INSUFFICIENT_SCOPE,
+            required=False,
         ),
         "/auctions/{auction_id}/resume": _auction_command(
-            "resumeAuction", "Go on with the remaining time; scope `ops`", "PauseBody", required=False
+            "resumeAuction",
+            "Go on with the remaining time; scope `ops`",
+            "PauseBody",
+            ProblemType.INSUFFICIENT_SCOPE,
+            required=False,
         ),
         "/auctions/{auction_id}/audit": {
             "get": {
                 "operationId": "getAudit",
                 "summary": "What happened to an auction, in order; for its owner, or scope `ops`",
-                "parameters": [AUCTION_ID, limit, cursor],
+                "parameters": [AUCTION_ID, limit, seq],
                 "responses": {
                     "200": answer("One page", _page("records", "AuditRecord")),
                     **problems(*_READ_PROBLEMS, ProblemType.INVALID_PARAMETER),
@@ -256,7 +267,7 @@ def command_paths() -> dict[str, Any]:
                 "parameters": [path("offer_id")],
                 "requestBody": body(ref("CancelOfferBody")),
                 "responses": {
-                    "200": answer("Cancelled", ref("OfferCancelled")),
+                    "200": answer("Cancelled", ref("CancelledOffer")),
                     **_PENDING,
                     **problems(
                         *_COMMAND_PROBLEMS,
@@ -280,7 +291,11 @@ def command_paths() -> dict[str, Any]:
                 ],
                 "responses": {
                     "200": answer("One page", _page("commands", "TroubleshootingCommand", depth={"type": "integer"})),
-                    **problems(ProblemType.INVALID_PARAMETER, ProblemType.DEPENDENCY_UNAVAILABLE),
+                    **problems(
+                        ProblemType.INVALID_PARAMETER,
+                        ProblemType.INSUFFICIENT_SCOPE,
+                        ProblemType.DEPENDENCY_UNAVAILABLE,
+                    ),
                 },
             }
         },
@@ -302,7 +317,7 @@ def command_paths() -> dict[str, Any]:
                             "required": ["requeued", "refused", "pending"],
                         },
                     ),
-                    **problems(*_COMMAND_PROBLEMS),
+                    **problems(*_COMMAND_PROBLEMS, ProblemType.INSUFFICIENT_SCOPE),
                 },
             }
         },
