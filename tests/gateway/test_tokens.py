@@ -103,6 +103,12 @@ async def test_every_algorithm_of_the_list_works(algorithm: str) -> None:
     assert "signature" in await desk.refused(stolen)
 
 
+async def test_header_parameters_that_nobody_knows_are_ignored() -> None:
+    """Issuers add their own (RFC 7515, section 4); only what is marked critical must be understood."""
+    made = signed({"alg": "HS256", "cat": "session", "kid": "of theirs"}, SECRET, claims())
+    assert (await Desk().principal(made)).subject == "somebody"
+
+
 async def test_a_secret_and_keys_serve_side_by_side() -> None:
     """HS256 tokens are held against the secret, all others against the keys."""
     desk = Desk(key("mine"))
@@ -511,13 +517,18 @@ async def test_a_peer_that_leaves_while_its_token_is_looked_at_is_forgotten() ->
     """Nothing is written to a connection that is gone, whatever the token is worth."""
     async with front(jwt_secret=SECRET) as made:
         made.put(record(version=1))
-        for good in (token(), token(OTHER)):
-            peer = Peer(made.door, f"{PATH}?token={good}").knock()
+        for worth in (token(), token(OTHER), token()):
+            peer = Peer(made.door, f"{PATH}?token={worth}").knock()
             peer.transport.abort()
             while made.door._tasks:
                 await _turn(made)
             assert bytes(peer.transport.taken) == b""
+            # Now with the room in memory, where no reading stands between the token and the place in it.
+            room = await made.hub.room(AUCTION)
+            assert room is not None
+            assert not room.is_watched
         assert made.door._connections == set()
+        assert made.sample("auctions_gateway_handshakes_total", outcome="accepted") == 0
 
 
 async def _pass(made: Front, seconds: int, *peers: Peer) -> None:
@@ -572,6 +583,20 @@ async def test_whoever_watched_to_the_end_reads_it_whatever_became_of_the_token(
         assert peer.farewell is None
         made.door._farewell(made.hub.known(AUCTION))  # type: ignore[arg-type]
         assert peer.farewell == (4000, "the auction is over")
+
+
+async def test_a_cancelled_auction_is_over_however_far_its_end_was() -> None:
+    """Between the cancellation and its farewell no token matters."""
+    async with front(jwt_secret=SECRET) as made:
+        made.put(record(version=1))
+        peer = await _knocked(made, _by_query(token(exp=BORN_S + 60)))
+        made.announce("timer.cancelled", record(version=2, status=Status.CANCELLED))
+        await made.read_lane()
+        made.line.advance(10_000)
+        peer.connection.principal = await Desk().principal(token(exp=BORN_S - 29))
+        made.line.advance(10_000)
+        made.door._look()
+        assert peer.farewell is None
 
 
 async def test_a_paused_auction_has_no_last_minute() -> None:
