@@ -47,6 +47,8 @@ def event_id(shard: int, entry: UpdateEntry) -> str:
 def cloud_event(shard: int, entry: UpdateEntry) -> bytes:
     """An entry of the event lane as CloudEvents 1.0 in JSON; `data` is the entry's body.
 
+    `auctionversion` is an extension: the version of the auction, which never goes back, so that a receiver can order events.
+
     Raises:
         ValueError: the body is not what the engine writes; the entry came from somebody else.
     """
@@ -62,6 +64,7 @@ def cloud_event(shard: int, entry: UpdateEntry) -> bytes:
             "type": entry.type,
             "time": _rfc3339(EpochMs(occurred_at)),
             "subject": entry.auction_id,
+            "auctionversion": entry.version,
             "datacontenttype": "application/json",
             "data": data,
         }
@@ -96,7 +99,6 @@ class Webhook:
             trust_env=False,  # no proxy and no certificates but those of this program's own settings
             follow_redirects=False,
             timeout=None,  # noqa: S113 - one deadline around the whole attempt, instead of one for each of its parts
-            limits=httpx.Limits(max_connections=IN_FLIGHT_MAX, max_keepalive_connections=IN_FLIGHT_MAX),
         )
 
     @property

@@ -1,5 +1,10 @@
 """Tests for reconciler.signature."""
 
+import re
+import time
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from reconciler.signature import key_of, signed_headers
@@ -29,3 +34,22 @@ def test_a_broken_secret_is_refused(secret: str) -> None:
     """Instead of a key that nobody else computes."""
     with pytest.raises(ValueError):
         key_of(secret)
+
+
+@pytest.mark.parametrize("secret", [SECRET, "sesame-sesame-sesame"])
+def test_the_documented_receiver_verifies_it(secret: str) -> None:
+    """The lines of docs/webhook.md take what we sign, and nothing that was changed or is old."""
+    page = (Path(__file__).parents[2] / "docs" / "webhook.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def is_ours" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    is_ours = names["is_ours"]
+    now_s = int(time.time())
+    headers = signed_headers(key_of(secret), MESSAGE_ID, now_s, BODY)
+    assert is_ours(secret, headers, BODY)
+    assert is_ours(secret, headers | {"webhook-signature": f"v1a,other {headers['webhook-signature']}"}, BODY)
+    assert not is_ours(secret, headers, BODY + b" ")
+    assert not is_ours(secret, headers | {"webhook-id": "msg_other"}, BODY)
+    assert not is_ours(secret, headers | {"webhook-timestamp": str(now_s - 1)}, BODY)
+    assert not is_ours("another", headers, BODY)
+    assert not is_ours(secret, signed_headers(key_of(secret), MESSAGE_ID, now_s - 400, BODY), BODY)
