@@ -30,6 +30,7 @@ from engine.settings import PREFIX, Settings
 
 READY_POLL_S: Final = 0.05
 STOP_GATEWAYS_MS: Final = 8_000
+"""For a gateway to stop, after what it waits for auctions in their last minute."""
 STOP_ENGINE_MS: Final = 5_000
 STOP_RECONCILER_MS: Final = 5_000
 
@@ -110,7 +111,8 @@ async def _roles(
             await first_of(stop.wait(), *(_failed(task) for task in watched))
         finally:
             log.info("draining")
-            await asyncio.gather(*(children.stop_child(name, STOP_GATEWAYS_MS) for name in _running(children, names)))
+            grace_ms = settings.drain_ms + STOP_GATEWAYS_MS
+            await asyncio.gather(*(children.stop_child(name, grace_ms) for name in _running(children, names)))
             await asyncio.gather(
                 *(children.stop_child(name, STOP_ENGINE_MS) for name in _running(children, ["engine"]))
             )

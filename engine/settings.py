@@ -116,6 +116,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Sockets per client address and gateway process. Lower it where no proxy stands in front.",
     )
+    drain_ms: int = Field(
+        25_000,
+        ge=0,
+        le=600_000,
+        description="How long a gateway that stops waits for the close of auctions in their last minute, in ms.",
+    )
     outbox_bytes_max: int = Field(
         262_144,
         ge=4_096,

@@ -41,6 +41,7 @@ from gateway.origins import OriginRule
 from gateway.problems import Problem, ProblemType, problem_response
 from gateway.readiness import Readiness
 from gateway.routes import Api
+from gateway.stale import StaleTicks
 from gateway.tokens import Authenticate, Tokens, tokens_of
 
 CALL_DEADLINE_MS: Final = 3_000
@@ -169,6 +170,7 @@ async def _running(gateway: Gateway) -> AsyncIterator[None]:
             gateway.feed.run(),
             gateway.ticks.run(),
             gateway.door.watch_over(),
+            StaleTicks(gateway.hub).run(),
             *((gateway.tokens.keys.run(),) if gateway.tokens is not None and gateway.tokens.keys is not None else ()),
         )
     ]
@@ -221,6 +223,11 @@ async def _failure(request: Request, _error: Exception) -> Response:
 class _Server(uvicorn.Server):
     """uvicorn, but the signals are ours: its own handling ends the process by the signal again, not with exit code 0."""
 
+    def __init__(self, config: uvicorn.Config, door: Door, drain_within_s: float) -> None:
+        super().__init__(config)
+        self._door = door
+        self._drain_within_s = drain_within_s
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
@@ -230,6 +237,13 @@ class _Server(uvicorn.Server):
 
     def _drain(self) -> None:
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, let the sockets go in their order, then stop as uvicorn does."""
+        for server in self.servers:
+            server.close()
+        await self._door.drain(self._drain_within_s)
+        await super().shutdown(sockets)
 
 
 async def serve(settings: Settings, registry: CollectorRegistry, listener: socket.socket) -> None:
@@ -261,7 +275,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
     host, port = listener.getsockname()[:2]
     log.info("gateway_starting", host=host, port=port, shards=settings.shards)
     try:
-        await _Server(config).serve(sockets=[listener])
+        await _Server(config, gateway.door, settings.drain_ms / 1_000).serve(sockets=[listener])
     finally:
         await link.close()
     log.info("gateway_stopped")

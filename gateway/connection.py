@@ -233,8 +233,8 @@ class Connection(asyncio.Protocol):
         self.door.metrics.handshake("accepted")
         self.room = room
         room.writable.add(self)
-        for frame in self.door.hub.greeting(room, since):
-            self.transport.write(frame)
+        # One write: what a client missed may be hundreds of frames.
+        self.transport.write(b"".join(frame.socket for frame in self.door.hub.greeting(room, since)))
         if room.is_over:
             self.door.on_over(room)
 

@@ -7,7 +7,7 @@ farewell when an auction is over or the process drains.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 from uuid import uuid4
 
@@ -34,6 +34,7 @@ PING_AFTER_MS: Final = 20_000
 GONE_AFTER_MS: Final = 30_000
 RETRY_AFTER_MS: Final = 500
 JITTER_MS: Final = 3_000
+DRAIN_LOOK_EVERY_S: Final = 0.1
 LAST_MINUTE_MS: Final = 60_000
 """So long before the end a socket outlives its token."""
 
@@ -55,6 +56,7 @@ class Door:
         self._per_address: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._farewells: set[Room] = set()
+        self.draining = False
         hub.on_over = self.on_over
 
     def now_ns(self) -> int:
@@ -88,6 +90,8 @@ class Door:
     def refuse(self, connection: Connection, request: Request) -> Problem | None:
         """Why a handshake is refused; None if it is not."""
         settings = self._settings
+        if self.draining:
+            return Problem(ProblemType.DRAINING, "this gateway is going away; come back", headers={"Retry-After": "1"})
         if (
             len(self._connections) > settings.connections_max
             or self._per_address[connection.address] > settings.connections_per_address_max
@@ -110,10 +114,42 @@ class Door:
             asyncio.get_running_loop().call_later(OVER_LINGER_S, self._farewell, room)
 
     def _farewell(self, room: Room) -> None:
+        if self.hub.fanout.is_sending(room):
+            asyncio.get_running_loop().call_later(OVER_LINGER_S, self._farewell, room)
+            return
         self._farewells.discard(room)
         if room.is_over:  # a failover may have taken the end back
-            for subscriber in (*room.writable, *room.lagging):
-                subscriber.close(CloseCode.AUCTION_OVER, "the auction is over")
+            room.part(CloseCode.AUCTION_OVER, "the auction is over")
+
+    async def drain(self, within_s: float) -> None:
+        """Let everyone go, within a bound: first those who lose nothing, last those who watch an auction's last minute.
+
+        Who watches a last minute stays until the close was delivered, so that a deploy does not hit it (requirement B9).
+        """
+        self.draining = True
+        try:
+            async with asyncio.timeout(within_s):
+                while self._connections or self.hub.streaming():
+                    self._send_away(self._misses_nothing)
+                    await asyncio.sleep(DRAIN_LOOK_EVERY_S)
+        except TimeoutError:
+            pass
+        self._send_away(lambda _room: True)
+
+    def _send_away(self, may_go: Callable[[Room], bool]) -> None:
+        for connection in self._connections.copy():
+            if connection.room is not None and may_go(connection.room):
+                connection.close(CloseCode.GOING_AWAY, self.come_back())
+        for room in self.hub.streaming():
+            if may_go(room):
+                for stream in room.streams.copy():
+                    stream.close(CloseCode.GOING_AWAY, self.come_back())
+
+    def _misses_nothing(self, room: Room) -> bool:
+        """Whether its watchers can be sent away: the close is not near, nor has been with its farewell on the way."""
+        if room.is_over:
+            return room not in self._farewells
+        return not _ends_soon(room, self.hub.clock.now_ms())
 
     def come_back(self) -> str:
         """The reason of a farewell while draining: when to come back, spread by jitter."""

@@ -82,6 +82,7 @@ class EventFeed:
             self._heard = self._clock.monotonic_ns()
             for shard, entries in news.updates.items():
                 self._hub.on_updates(shard, entries)
+            await self._hub.fanout.relieved()
             # After what the same commits announced: who is answered finds in this gateway what was done.
             for reply_to, replies in news.replies.items():
                 if self._commands is not None:

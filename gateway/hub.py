@@ -7,7 +7,7 @@ that reconnect, and a thousand clients that poll, cost Redis one read in all.
 
 import asyncio
 import contextlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, Final
@@ -21,13 +21,16 @@ from engine.contract.frames import is_frame
 from engine.contract.keys import shard_of
 from engine.contract.timers import CorruptTimerError, as_of, timer
 from engine.store.protocol import UpdateEntry, ViewStore
+from gateway.closing import CloseCode
+from gateway.fanout import Fanout
 from gateway.metrics import EVENT_LANE, TICK_LANE, GatewayMetrics
-from gateway.room import Room, text_frame
+from gateway.ring import Ring
+from gateway.room import Frame, Room
 
 ROOMS_MAX: Final = 50_000
 """Auctions remembered; the longest unused ones that nobody watches are forgotten. About 2 kB each."""
-RING_MAX: Final = 10_000
-"""Events per shard that can be replayed from memory to a client that comes back."""
+REPLAY_BYTES_MAX: Final = 1_048_576
+"""What is replayed to one client at once. One that missed more is told so, and starts from the snapshot."""
 ANNOUNCE_AT_MS: Final = (600_000, 300_000, 60_000, 10_000)
 """Remaining times worth announcing to a person who cannot see the digits (WAI-ARIA `timer` is silent by itself)."""
 HEARTBEAT_MS: Final = 15_000
@@ -46,9 +49,9 @@ class Hub:
         self._rooms: OrderedDict[bytes, Room] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Room | None]] = {}
         self._held: dict[str, list[UpdateEntry]] = {}
-        self._rings: dict[int, deque[UpdateEntry]] = {shard: deque(maxlen=RING_MAX) for shard in range(shards)}
-        self._ring_from: dict[int, str] = {}
+        self._rings = {shard: Ring() for shard in range(shards)}
         self.clock = clock
+        self.fanout = Fanout(metrics.conflated_ticks.inc)
         self.positions: dict[int, str] = {}
         """How far the event lane was read, per shard."""
         self.engine_seen: dict[int, int] = {}
@@ -59,8 +62,8 @@ class Hub:
 
     def start_at(self, shard: int, stream_id: str) -> None:
         """The event lane of a shard will be read from here."""
-        self.positions[shard] = self._ring_from[shard] = stream_id
-        self._rings[shard].clear()
+        self.positions[shard] = stream_id
+        self._rings[shard].start_at(stream_id)
 
     # Loading.
 
@@ -79,11 +82,23 @@ class Hub:
         if loading is None:
             loading = self._loading[auction_id] = asyncio.create_task(self._load(auction_id))
             loading.add_done_callback(lambda _done: self._loading.pop(auction_id, None))
-        return await asyncio.shield(loading)
+        room = await asyncio.shield(loading)
+        if room is not None and self._rooms.get(key) is not room:
+            # Dropped again before we came to look: nothing would reach whoever stays in it.
+            return await self.room(auction_id)
+        return room
 
     def known(self, auction_id: str) -> Room | None:
         """The room of an auction if it is in memory."""
         return self._rooms.get(auction_id.encode())
+
+    def watched(self) -> list[Room]:
+        """The rooms that somebody is in."""
+        return [room for room in self._rooms.values() if room.is_watched]
+
+    def streaming(self) -> list[Room]:
+        """The rooms that somebody watches otherwise than by a socket."""
+        return [room for room in self._rooms.values() if room.streams]
 
     async def _load(self, auction_id: str) -> Room | None:
         shard = shard_of(auction_id, self._shards)
@@ -125,9 +140,13 @@ class Hub:
                 log.exception("timer_unreadable", shard=shard, auction_id=room.auction_id)
                 continue
             if view.record is None or not view.record.auction.status.is_public:
+                # A failover took the auction's registration back: there is nothing to watch until it is sent again.
+                del self._rooms[key]
+                room.part(CloseCode.FEED_LOST, "the auction is not known any more; come back later")
                 continue
             room.version = 0
-            room.loaded_order = stream_order(view.stream_id)
+            # What the lane holds behind our place is still sent, though the view has seen some of it: no bid may be lost.
+            room.loaded_order = stream_order(self.positions[shard])
             now = self.clock.now_ms()
             room.show(timer(view.record, now, None))
             cursor = str(Cursor(shard, self.positions[shard]))
@@ -140,7 +159,7 @@ class Hub:
                 "cause": cause,
                 "timer": as_of(room.timer, now, cursor),
             }
-            room.event(text_frame(orjson.dumps(body)))
+            self.fanout.send(room, Frame(orjson.dumps(body), cursor), is_tick=False)
             if room.is_over:
                 self.on_over(room)
 
@@ -153,8 +172,6 @@ class Hub:
             self.positions[shard] = entry.stream_id
             if not is_frame(entry.type):
                 continue
-            if len(ring) == RING_MAX:
-                self._ring_from[shard] = ring[0].stream_id
             ring.append(entry)
             if (held := self._held.get(entry.auction_id)) is not None:
                 held.append(entry)
@@ -172,10 +189,14 @@ class Hub:
         if "timer" in body:
             room.show(body["timer"])
         if room.is_watched:
-            room.event(text_frame(orjson.dumps(body)))
-            self._metrics.delivery_ms[EVENT_LANE].observe(max(0, self.clock.now_ms() - body["committed_at"]))
+            frame = Frame(orjson.dumps(body), body["cursor"])
+            self.fanout.send(room, frame, is_tick=False, done=self._observed(EVENT_LANE, body["committed_at"]))
         if room.is_over and not was_over:
             self.on_over(room)
+
+    def _observed(self, lane: str, since: int) -> Callable[[], None]:
+        """Measure, when a fan-out is done, how long it has taken since a server time."""
+        return lambda: self._metrics.delivery_ms[lane].observe(max(0, self.clock.now_ms() - since))
 
     def _body(self, shard: int, entry: UpdateEntry) -> dict[str, Any] | None:
         """An entry as the frame that is sent now: with its cursor, and the time of sending."""
@@ -200,7 +221,7 @@ class Hub:
         cursor = str(Cursor(room.shard, self.positions[room.shard]))
         return as_of(room.timer, self.clock.now_ms(), cursor, stale=self.stale())
 
-    def greeting(self, room: Room, since: str | None) -> list[bytes]:
+    def greeting(self, room: Room, since: str | None) -> list[Frame]:
         """The first frames for a socket: the snapshot, then what it missed since its cursor, if that is still known."""
         missed = None if since is None else self._missed(room, since)
         recovered = None if since is None else missed is not None
@@ -218,9 +239,9 @@ class Hub:
             "heartbeat_ms": HEARTBEAT_MS,
             "announce_at_ms": ANNOUNCE_AT_MS,
         }
-        return [text_frame(orjson.dumps(snapshot)), *(missed or ())]
+        return [Frame(orjson.dumps(snapshot), view["cursor"]), *(missed or ())]
 
-    def _missed(self, room: Room, since: str) -> list[bytes] | None:
+    def _missed(self, room: Room, since: str) -> list[Frame] | None:
         """The events of an auction behind a cursor; None if they are not all remembered."""
         cursor = Cursor.parse(since)
         if cursor is None or cursor.shard != room.shard:
@@ -228,14 +249,13 @@ class Hub:
         behind = stream_order(cursor.stream_id)
         position = stream_order(self.positions[room.shard])
         # A room that was loaded ahead of the lane is not sent what lies between: until that is read, nothing can be promised.
-        if not stream_order(self._ring_from[room.shard]) <= behind <= position or room.loaded_order > position:
+        if behind > position or room.loaded_order > position:
             return None
-        bodies = [
-            self._body(room.shard, entry)
-            for entry in self._rings[room.shard]
-            if entry.auction_id == room.auction_id and stream_order(entry.stream_id) > behind
-        ]
-        return [text_frame(orjson.dumps(body)) for body in bodies if body is not None]
+        entries = self._rings[room.shard].since(room.auction_id, behind)
+        if entries is None or sum(len(entry.body) for entry in entries) > REPLAY_BYTES_MAX:
+            return None
+        bodies = [self._body(room.shard, entry) for entry in entries]
+        return [Frame(orjson.dumps(body), body["cursor"]) for body in bodies if body is not None]
 
     # The tick lane.
 
@@ -250,9 +270,14 @@ class Hub:
                 continue
             room = rooms.get(auction_id)
             if room is not None and room.is_watched:
-                version, _, frame = rest.partition(b" ")
+                version, _, payload_of_tick = rest.partition(b" ")
                 if version.isdigit():
-                    room.tick(int(version), text_frame(frame))
+                    self.tick(room, int(version), payload_of_tick)
+
+    def tick(self, room: Room, version: int, payload: bytes) -> None:
+        """Send a tick to a room, unless the event lane already told something newer."""
+        if version >= room.version:
+            self.fanout.send(room, Frame(payload), is_tick=True)
 
     def _hear(self, shard: int, sent_at: int) -> None:
         now = self.clock.now_ms()

@@ -36,6 +36,7 @@ class ProblemType(Enum):
     UNAUTHENTICATED = (401, "A valid token is needed")
     INSUFFICIENT_SCOPE = (403, "The token does not allow this")
     TOO_MANY_CONNECTIONS = (503, "Too many connections")
+    DRAINING = (503, "Going away")
     INTAKE_FULL = (503, "Intake is full")
     DEPENDENCY_UNAVAILABLE = (503, "A dependency is unavailable")
     INTERNAL_ERROR = (500, "Internal error")

@@ -7,7 +7,7 @@ and the newest wins. The loops below run over writable subscribers only, so a st
 
 from typing import Any, Final, Protocol
 
-from websockets.frames import Frame, Opcode
+from websockets import frames
 
 from engine.contract.cursors import START, stream_order
 from engine.domain.lifecycle import Status
@@ -18,7 +18,46 @@ _OVER: Final = frozenset({Status.ENDED.value, Status.CANCELLED.value})
 
 def text_frame(payload: bytes) -> bytes:
     """One unmasked text frame (RFC 6455, section 5.2), built once however many sockets it goes to."""
-    return Frame(Opcode.TEXT, payload).serialize(mask=False)
+    return frames.Frame(frames.Opcode.TEXT, payload).serialize(mask=False)
+
+
+class Frame:
+    """What is sent to everyone in a room: encoded once, framed once for all sockets.
+
+    Args:
+        payload: the JSON object.
+        cursor: of an event-lane frame; None of a tick.
+    """
+
+    __slots__ = ("_socket", "cursor", "payload")
+
+    def __init__(self, payload: bytes, cursor: str | None = None) -> None:
+        self.payload = payload
+        self.cursor = cursor
+        self._socket: bytes | None = None
+
+    @property
+    def socket(self) -> bytes:
+        """The frame as it is written to a socket."""
+        if self._socket is None:
+            self._socket = text_frame(self.payload)
+        return self._socket
+
+
+class Stream(Protocol):
+    """Somebody who watches otherwise than by a socket, and bounds by itself what it holds."""
+
+    def event(self, frame: Frame) -> None:
+        """Take an event; none may be lost."""
+        ...
+
+    def tick(self, frame: Frame) -> None:
+        """Take a tick; a newer one may replace it."""
+        ...
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        """Say farewell."""
+        ...
 
 
 class Subscriber(Protocol):
@@ -44,7 +83,7 @@ class Subscriber(Protocol):
 class Room:
     """One auction in this gateway's memory."""
 
-    __slots__ = ("auction_id", "lagging", "loaded_order", "shard", "timer", "version", "writable")
+    __slots__ = ("auction_id", "lagging", "loaded_order", "shard", "streams", "timer", "version", "writable")
 
     def __init__(self, auction_id: str, shard: int) -> None:
         self.auction_id = auction_id
@@ -55,6 +94,7 @@ class Room:
         """Entries of the event lane up to here are part of what was loaded."""
         self.writable: set[Subscriber] = set()
         self.lagging: set[Subscriber] = set()
+        self.streams: set[Stream] = set()
 
     @property
     def is_over(self) -> bool:
@@ -64,7 +104,7 @@ class Room:
     @property
     def is_watched(self) -> bool:
         """Whether anybody is here."""
-        return bool(self.writable or self.lagging)
+        return bool(self.writable or self.lagging or self.streams)
 
     def show(self, timer: dict[str, Any]) -> None:
         """Remember the auction's timer, unless a newer one is known."""
@@ -72,19 +112,35 @@ class Room:
             self.timer = timer
             self.version = timer["version"]
 
-    def event(self, frame: bytes) -> None:
-        """Send an event to everyone."""
+    @property
+    def size(self) -> int:
+        """How many sockets are here."""
+        return len(self.writable) + len(self.lagging)
+
+    def deliver(self, frame: "Frame", *, is_tick: bool) -> None:
+        """Give a frame to everyone, now."""
+        data = frame.socket
         # The lagging ones first: a write may fill its transport, and who starts to lag by it has the frame already.
         for subscriber in self.lagging.copy():
-            subscriber.keep_event(frame)
+            if is_tick:
+                subscriber.keep_tick(data)
+            else:
+                subscriber.keep_event(data)
         for subscriber in self.writable.copy():
-            subscriber.send(frame)
+            subscriber.send(data)
+        self.deliver_to_streams(frame, is_tick=is_tick)
 
-    def tick(self, version: int, frame: bytes) -> None:
-        """Send a tick to everyone, unless the event lane already told something newer."""
-        if version < self.version:
-            return
-        for subscriber in self.lagging:
-            subscriber.keep_tick(frame)
-        for subscriber in self.writable.copy():
-            subscriber.send(frame)
+    def deliver_to_streams(self, frame: "Frame", *, is_tick: bool) -> None:
+        """Give a frame to those who are no sockets."""
+        for stream in self.streams.copy():
+            if is_tick:
+                stream.tick(frame)
+            else:
+                stream.event(frame)
+
+    def part(self, code: CloseCode, reason: str) -> None:
+        """Say farewell to everyone."""
+        for subscriber in (*self.writable, *self.lagging):
+            subscriber.close(code, reason)
+        for stream in self.streams.copy():
+            stream.close(code, reason)

@@ -22,6 +22,7 @@ from gateway.closing import CloseCode
 from gateway.door import Door
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
+from gateway.room import Frame
 from tests.fakes.clock import BORN_MS, Authority, ManualClock, Timeline
 
 AUCTION = "a-1"
@@ -192,6 +193,6 @@ def payload(frame: bytes) -> bytes:
     return frame[4:] if frame[1] == 126 else frame[10:]
 
 
-def told(frames: Sequence[bytes]) -> list[dict[str, Any]]:
+def told(frames: Sequence[bytes | Frame]) -> list[dict[str, Any]]:
     """Text frames as the objects they carry."""
-    return [orjson.loads(payload(frame)) for frame in frames]
+    return [orjson.loads(payload(frame.socket if isinstance(frame, Frame) else frame)) for frame in frames]

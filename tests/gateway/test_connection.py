@@ -751,8 +751,12 @@ async def test_through_any_stutter_every_event_comes_once_in_order_and_the_last_
             dice.choice(peers).transport.stuck = True
         else:
             dice.choice(peers).transport.release()
+        if dice.random() < 0.1:
+            await turns(1)
     house.line.advance(1)
     newest = tick(house, version)
+    while house.hub.fanout.is_sending(room_of(house)):
+        await turns()
     for peer in peers:
         while peer.transport.buffer or peer.transport.stuck:
             peer.transport.release()

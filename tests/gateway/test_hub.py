@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from engine.contract.cursors import Cursor
+from engine.contract.cursors import START, Cursor
 from engine.contract.keys import shard_of
 from engine.contract.timers import CorruptTimerError, heartbeat_line, tick_line
 from engine.domain.instants import EpochMs
@@ -16,6 +16,7 @@ from engine.domain.lifecycle import Status
 from engine.store.protocol import StoreUnavailableError
 from gateway import hub as hub_module
 from gateway.hub import ANNOUNCE_AT_MS, HEARTBEAT_MS, Hub
+from gateway.ring import Ring
 from gateway.room import Room
 from tests.fakes.clock import BORN_MS
 from tests.gateway.house import AUCTION, ENDS_AT, House, Listener, payload, record, told
@@ -388,10 +389,11 @@ async def test_a_cursor_that_is_not_of_here_is_not_recovered(since: str) -> None
 
 
 @pytest.mark.requirement("B4")
-async def test_what_fell_out_of_memory_is_not_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_fell_out_of_memory_is_not_recovered() -> None:
     """The ring holds the last events; one who missed more than it holds is told so, one who did not gets them all."""
-    monkeypatch.setattr(hub_module, "RING_MAX", 3)
     house = House()
+    house.hub._rings = {shard: Ring(3) for shard in house.hub._rings}
+    house.hub.start_at(0, START)
     house.put(record(version=0))
     room = await room_in(house)
     for version in range(1, 8):
@@ -642,4 +644,4 @@ def test_every_frame_is_json_text(monkeypatch: pytest.MonkeyPatch) -> None:
         return house.hub.greeting(await room_in(house), None)
 
     (frame,) = asyncio.run(scenario())
-    assert isinstance(orjson.loads(payload(frame)), dict)
+    assert isinstance(orjson.loads(frame.payload), dict)

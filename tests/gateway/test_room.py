@@ -1,11 +1,11 @@
 """Tests for gateway.room."""
 
 import pytest
-from websockets.frames import Frame, Opcode
+from websockets import frames
 from websockets.streams import StreamReader
 
 from engine.domain.lifecycle import Status
-from gateway.room import Room, text_frame
+from gateway.room import Frame, Room, text_frame
 from tests.gateway.house import Listener
 
 
@@ -19,6 +19,10 @@ def room_of(*, writable: int = 0, lagging: int = 0) -> tuple[Room, list[Listener
     return room, quick, slow
 
 
+def framed(payload: bytes) -> bytes:
+    return Frame(payload).socket
+
+
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536, 100_000])
 def test_a_text_frame_is_one_whole_unmasked_frame(size: int) -> None:
     """Whatever its size, a payload travels as one final text frame that any parser reads back."""
@@ -26,11 +30,11 @@ def test_a_text_frame_is_one_whole_unmasked_frame(size: int) -> None:
     reader = StreamReader()
     reader.feed_data(text_frame(sent))
     reader.feed_eof()
-    parser = Frame.parse(reader.read_exact, mask=False, max_size=None)
+    parser = frames.Frame.parse(reader.read_exact, mask=False, max_size=None)
     with pytest.raises(StopIteration) as parsed:
         next(parser)
-    frame: Frame = parsed.value.value
-    assert (frame.opcode, frame.fin, bytes(frame.data)) == (Opcode.TEXT, True, sent)
+    frame: frames.Frame = parsed.value.value
+    assert (frame.opcode, frame.fin, bytes(frame.data)) == (frames.Opcode.TEXT, True, sent)
 
 
 def test_a_new_room_is_empty_and_not_over() -> None:
@@ -68,21 +72,11 @@ def test_an_older_timer_does_not_replace_a_newer_one() -> None:
 def test_an_event_goes_to_everyone_in_the_lane_each_can_take() -> None:
     """Writable subscribers get it at once, lagging ones keep it."""
     room, quick, slow = room_of(writable=2, lagging=2)
-    room.event(b"e")
-    assert [listener.sent for listener in quick] == [[b"e"]] * 2
-    assert [listener.kept for listener in slow] == [[b"e"]] * 2
+    room.deliver(Frame(b"e"), is_tick=False)
+    assert [listener.sent for listener in quick] == [[framed(b"e")]] * 2
+    assert [listener.kept for listener in slow] == [[framed(b"e")]] * 2
     assert not any(listener.kept for listener in quick)
     assert not any(listener.sent for listener in slow)
-
-
-@pytest.mark.requirement("B3")
-@pytest.mark.parametrize(("version", "passes"), [(4, False), (5, True), (6, True)])
-def test_a_tick_older_than_the_event_lane_is_dropped(version: int, passes: bool) -> None:
-    """A tick never takes back what an event has told; the same version or a newer one passes."""
-    room, (quick,), (slow,) = room_of(writable=1, lagging=1)
-    room.tick(version, b"t")
-    assert (quick.sent, slow.ticks) == (([b"t"], [b"t"]) if passes else ([], []))
-    assert not slow.kept
 
 
 class Stalling(Listener):
@@ -104,9 +98,9 @@ def test_a_subscriber_that_starts_to_lag_during_a_write_gets_the_event_once() ->
     room = room_of()[0]
     stalling = Stalling(room)
     room.writable.add(stalling)
-    room.event(b"e1")
-    room.event(b"e2")
-    assert (stalling.sent, stalling.kept) == ([b"e1"], [b"e2"])
+    room.deliver(Frame(b"e1"), is_tick=False)
+    room.deliver(Frame(b"e2"), is_tick=False)
+    assert (stalling.sent, stalling.kept) == ([framed(b"e1")], [framed(b"e2")])
 
 
 def test_a_subscriber_that_starts_to_lag_during_a_write_gets_the_tick_once() -> None:
@@ -114,8 +108,8 @@ def test_a_subscriber_that_starts_to_lag_during_a_write_gets_the_tick_once() -> 
     room = room_of()[0]
     stalling = Stalling(room)
     room.writable.add(stalling)
-    room.tick(5, b"t1")
-    assert (stalling.sent, stalling.ticks) == ([b"t1"], [])
+    room.deliver(Frame(b"t1"), is_tick=True)
+    assert (stalling.sent, stalling.ticks) == ([framed(b"t1")], [])
 
 
 def test_a_subscriber_may_leave_while_everyone_is_told() -> None:
@@ -134,7 +128,7 @@ def test_a_subscriber_may_leave_while_everyone_is_told() -> None:
     quick, slow = [Leaving() for _ in range(5)], [Leaving() for _ in range(5)]
     room.writable |= set(quick)
     room.lagging |= set(slow)
-    room.event(b"e")
-    assert [listener.sent for listener in quick] == [[b"e"]] * 5
-    assert [listener.kept for listener in slow] == [[b"e"]] * 5
+    room.deliver(Frame(b"e"), is_tick=False)
+    assert [listener.sent for listener in quick] == [[framed(b"e")]] * 5
+    assert [listener.kept for listener in slow] == [[framed(b"e")]] * 5
     assert not room.is_watched

@@ -1,0 +1,50 @@
+"""What a gateway remembers of a shard's event lane, to replay it to clients that come back with a cursor."""
+
+from collections import deque
+from typing import Final
+
+from engine.contract.cursors import START, stream_order
+from engine.store.protocol import UpdateEntry
+
+RING_MAX: Final = 10_000
+"""Events per shard that can be replayed from memory to a client that comes back."""
+
+
+class Ring:
+    """The last events of one shard, in order, and by auction: a storm of reconnects looks at its own auction only."""
+
+    def __init__(self, length_max: int = RING_MAX) -> None:
+        self._length_max = length_max
+        self._entries: deque[UpdateEntry] = deque()
+        self._by_auction: dict[str, deque[UpdateEntry]] = {}
+        self._complete_from = stream_order(START)
+
+    def start_at(self, stream_id: str) -> None:
+        """Forget everything; from here on nothing will be missing."""
+        self._entries.clear()
+        self._by_auction.clear()
+        self._complete_from = stream_order(stream_id)
+
+    def append(self, entry: UpdateEntry) -> None:
+        """Remember an event, and forget the oldest if there is no room."""
+        if len(self._entries) == self._length_max:
+            oldest = self._entries.popleft()
+            self._complete_from = stream_order(oldest.stream_id)
+            own = self._by_auction[oldest.auction_id]
+            own.popleft()
+            if not own:
+                del self._by_auction[oldest.auction_id]
+        self._entries.append(entry)
+        self._by_auction.setdefault(entry.auction_id, deque()).append(entry)
+
+    def since(self, auction_id: str, behind: tuple[int, int]) -> list[UpdateEntry] | None:
+        """The events of an auction behind a place, in order; None if some of them may be forgotten."""
+        if behind < self._complete_from:
+            return None
+        found: list[UpdateEntry] = []
+        for entry in reversed(self._by_auction.get(auction_id, ())):
+            if stream_order(entry.stream_id) <= behind:
+                break
+            found.append(entry)
+        found.reverse()
+        return found
