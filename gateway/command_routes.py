@@ -15,11 +15,12 @@ from engine.contract.cursors import Cursor
 from engine.contract.intake import AUCTION_ID, Actor, EventType
 from engine.contract.keys import shard_of
 from engine.contract.timers import TimerRecord, as_of
+from engine.domain.auction import Offer
 from engine.domain.events import Cancel, InputEvent, Pause, Resume
 from engine.store.protocol import StoreError, ViewStore
 from gateway.auth import Principal, Role, Scope, actor_of, party, principal_of, require
 from gateway.bodies import read_body
-from gateway.commands import RETRY_AFTER_S, Commands, shard_in
+from gateway.commands import COMMAND_ID_PREFIX, RETRY_AFTER_S, Commands, shard_in
 from gateway.events import ActorInput, Reason, trace_id_of
 from gateway.hub import Hub
 from gateway.problems import Problem, ProblemType
@@ -68,7 +69,7 @@ class CommandRoutes:
         body = await read_body(request, CancelBody)
         record = await self.record(request.path_params["auction_id"])
         offer = record.auction.registered.offer if record else None
-        if record is None or offer is None or party(principal, offer) in {None, Role.BUYER}:
+        if record is None or offer is None or not _may_cancel(principal, offer):
             raise unknown_auction(request.path_params["auction_id"])
         actor = _actor(principal, body.actor, actor_of(principal, offer))
         return await self._ask(request, record, EventType.CANCEL_REQUESTED, Cancel(body.reason), actor)
@@ -163,9 +164,21 @@ class CommandRoutes:
         return None
 
 
+def _may_cancel(principal: Principal, offer: Offer) -> bool:
+    """Everyone who may see the auction but its buyer, who has the offer to cancel; unless a role or scope says more."""
+    relation = party(principal, offer)
+    if relation is not Role.BUYER:
+        return relation is not None
+    return principal.may(Scope.OPS) or principal.has(Role.OPERATOR) or principal.has(Role.COMMERCE_ADMIN)
+
+
 def _may_know(principal: Principal, outcome: dict[str, Any]) -> bool:
-    """Who asked, and operators. What is pending says nothing yet, and its id cannot be guessed."""
-    return principal.may(Scope.OPS) or outcome["outcome"] == "PENDING" or outcome.get("asked_by") == principal.subject
+    """Who asked, and operators. Of what is pending nobody's name is known: producers may ask, whose ids these are, and
+    whoever has the id of a gateway's command, which cannot be guessed."""
+    if principal.may(Scope.OPS) or outcome.get("asked_by") == principal.subject:
+        return True
+    is_a_gateways = outcome["command_id"].startswith(COMMAND_ID_PREFIX)
+    return outcome["outcome"] == "PENDING" and (is_a_gateways or principal.may(Scope.EVENTS_WRITE))
 
 
 def _actor(principal: Principal, named: ActorInput | None, known: Actor) -> Actor:

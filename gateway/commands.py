@@ -25,6 +25,7 @@ ANSWER_WITHIN_S: Final = 2.0
 WAITING_MAX: Final = 10_000
 """Callers that wait for an answer at once."""
 RETRY_AFTER_S: Final = "1"
+COMMAND_ID_PREFIX: Final = "cmd-"
 
 log = structlog.get_logger()
 
@@ -64,7 +65,7 @@ class Commands:
                 f"{WAITING_MAX} commands wait for an answer already",
                 headers={"Retry-After": RETRY_AFTER_S},
             )
-        command_id = f"cmd-{shard}-{uuid4().hex}"
+        command_id = f"{COMMAND_ID_PREFIX}{shard}-{uuid4().hex}"
         context = Context(command_id, event_type.value, trace_id, correlation_id, actor, self._reply_to[shard])
         draft = Draft(command_id, intake.encode(IntakeEvent(context, event, auction_id)))
         answer = self._waiting[command_id] = asyncio.get_running_loop().create_future()

@@ -11,6 +11,7 @@ import orjson
 from auction_timer.client import Frame, TimerSession, UnknownAuctionError
 from engine.clock import Clock
 from engine.contract.frames import TIMER_ENDED, announce, is_frame
+from engine.contract.intake import SCHEDULER
 from engine.contract.timers import TimerRecord, timer
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision
@@ -120,7 +121,9 @@ class World:
             after = replace(after, ends_at=EpochMs(after.ends_at + self.faults.generous_ms))
             decision = replace(decision, after=after)
         self.auctions[after.auction_id] = after
-        for update in announce(decision, TimerRecord(after), trace_id="t", correlation_id="c", now=self.now):
+        for update in announce(
+            decision, TimerRecord(after), actor=SCHEDULER, trace_id="t", correlation_id="c", now=self.now
+        ):
             if is_frame(update.type):
                 self._send(after.auction_id, orjson.loads(update.body))
 
