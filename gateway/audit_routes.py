@@ -41,8 +41,9 @@ class AuditRoutes:
         after = integer_of("cursor", request.query_params.get("cursor"), 0, SEQ_MAX) or 0
         auction_id = request.path_params["auction_id"]
         await self._check_access(request, auction_id)
+        shard = shard_of(auction_id, self.shards)
         try:
-            found = await self.reader.of_auction(shard_of(auction_id, self.shards), auction_id, after, limit + 1)
+            found = await self.reader.of_auction(shard, auction_id, after, limit + 1)
         except ArchiveUnavailableError:
             raise Problem(
                 ProblemType.DEPENDENCY_UNAVAILABLE,
@@ -56,7 +57,7 @@ class AuditRoutes:
         page = found[:limit]
         return json_response(
             {
-                "records": [as_json(fields) for fields in page],
+                "records": [as_json(fields | {"shard": str(shard)}) for fields in page],
                 "next_cursor": page[-1]["seq"] if len(found) > limit else None,
             }
         )

@@ -56,7 +56,19 @@ _RECORD: Final[dict[str, Any]] = {
         "prev_hash": {"type": "string"},
         "hash": {"type": "string"},
     },
-    "required": ["seq", "event_type", "auction_id", "prev_status", "new_status", "occurred_at", "recorded_at", "hash"],
+    "required": [
+        "shard",
+        "seq",
+        "event_type",
+        "auction_id",
+        "prev_status",
+        "new_status",
+        "occurred_at",
+        "recorded_at",
+        "details",
+        "prev_hash",
+        "hash",
+    ],
 }
 
 _COMMAND: Final[dict[str, Any]] = {

@@ -58,11 +58,15 @@ class AuditReader:
         last = await self.archive.last(shard) if self.archive is not None else None
         # The chain does not cover the id: one that somebody has damaged must not end the reading.
         behind = last.stream_id if last is not None and _STREAM_ID.fullmatch(last.stream_id) else START
-        while streamed := await self.store.audit_entries(shard, behind, PAGE):
-            behind = streamed[-1].stream_id
+        while True:
+            streamed = await self.store.audit_entries(shard, behind, PAGE)
+            # Also behind an empty page: what `last` stands behind may have been archived after the archive was read above.
             async for entries in self._archived(shard, at, selection, page):
                 at = _seq(entries[-1])
                 yield entries
+            if not streamed:
+                return
+            behind = streamed[-1].stream_id
             fresh = [entry for entry in streamed if selection.holds(entry.fields) and _is_behind(entry, at)]
             if fresh:
                 at = max(at, *(seq_of(entry.fields) or 0 for entry in fresh), 0)
