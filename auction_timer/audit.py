@@ -295,12 +295,7 @@ def export(
         _tell(f"{written} records written")
         return EXIT_OK
 
-    try:
-        return _run(work, "written")
-    except BrokenPipeError:
-        # Whoever read it has seen enough (`| head`); Python must not write the rest to the closed pipe at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+    return _run(work, "written")
 
 
 def _output(path: Path | None) -> TextIO:
@@ -327,8 +322,8 @@ def _run(work: Callable[[Progress], Coroutine[Any, Any, int]], verb: str) -> int
         except (ArchiveUrlError, RedisUrlError, RedisRefusedError, DataDirError) as error:
             _tell(str(error))
             return EXIT_CONFIG
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError:  # whoever reads it has seen enough (`| head`)
+            return EXIT_FAILURE
         except (StoreUnavailableError, ArchiveUnavailableError, NothingToReadError, OSError) as error:
             _tell(str(error))
             return EXIT_UNAVAILABLE

@@ -28,6 +28,7 @@ POLL_S: Final = 1.0
 """At rest, how old a record may grow before it is archived."""
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
+REASONS_MAX: Final = 100
 REFUSALS_LOGGED_MAX: Final = 20
 """Per shard: after a failover there may be thousands, and `audit verify` finds each."""
 
@@ -44,11 +45,9 @@ class _Place:
     chain: ChainHead | None = None
     """The last record read; None before the first."""
     head_seq: int = 0
-    """The highest head of the chain that was seen in Redis."""
+    """The number of the chain's head in Redis, when it was last asked."""
     refused: int = 0
     first_refused: str | None = None
-    suspect: str | None = None
-    """The id of a record that did not follow; it was the reason to read the stream once more from its beginning."""
 
 
 class Archiver:
@@ -67,6 +66,8 @@ class Archiver:
         self._retained = max(1, retained)
         self._places = {shard: self._beginning() for shard in range(shards)}
         self._lags = dict.fromkeys(range(shards), 0)
+        # Why a stream was read anew: each reason counts once, or a lasting one would be read for ever.
+        self._reasons: dict[int, deque[str]] = {shard: deque(maxlen=REASONS_MAX) for shard in range(shards)}
         self._created = False
 
     def _beginning(self) -> _Place:
@@ -108,12 +109,15 @@ class Archiver:
         return any(busy)
 
     async def _measure(self, shard: int) -> None:
-        """Count what waits, and notice a Redis that has gone back."""
-        place = self._places[shard]
+        """Count what waits, and notice a Redis that has lost what was archived."""
         chain = (await self._store.head(shard)).chain
+        place = self._places[shard]
         if chain.seq < place.head_seq:
-            log.error("audit_went_back", shard=shard, from_seq=place.head_seq, to_seq=chain.seq)
-            place = self._places[shard] = self._beginning()
+            place = self._read_anew(shard, f"the head of the chain went back from {place.head_seq} to {chain.seq}")
+        elif place.chain is not None and chain.seq == place.chain.seq and chain.hash != place.chain.hash:
+            place = self._read_anew(
+                shard, f"the head of the chain is another record {chain.seq} than the last one read"
+            )
         place.head_seq = chain.seq
         behind = chain.seq - (place.chain.seq if place.chain is not None else 0)
         # Before the first page it is not known what the archive has: at most, nothing of what the stream holds.
@@ -121,18 +125,28 @@ class Archiver:
         self._metrics.archive_lag.set(sum(self._lags.values()))
         self._metrics.archive_refused.set(sum(place.refused for place in self._places.values()))
 
+    def _read_anew(self, shard: int, reason: str) -> _Place:
+        """Begin at the beginning of a stream: one that lost its end may have written on with ids that are behind us."""
+        if reason not in self._reasons[shard]:
+            self._reasons[shard].append(reason)
+            log.warning("audit_stream_read_anew", shard=shard, reason=reason)
+            self._places[shard] = self._beginning()
+        return self._places[shard]
+
     async def _move(self, shard: int) -> bool:
         place = self._places[shard]
         entries = await self._store.audit_entries(shard, place.after, PAGE)
+        if place.chain is not None:
+            reason = None
+            if entries and (clause := misfit(entries[0].fields, place.chain)):
+                reason = f"the record behind {place.after} does not follow: {clause}"
+            elif not entries and place.head_seq > place.chain.seq:
+                reason = f"nothing is behind {place.after}, and the head of the chain is {place.head_seq}"
+            if reason is not None and self._read_anew(shard, reason) is not place:
+                return True
         if not entries:
             return False
-        first = entries[0]
-        if place.chain is not None and misfit(first.fields, place.chain) and place.suspect != first.stream_id:
-            # A Redis that lost its last records may have written others with ids that are behind us. Read all of it.
-            self._places[shard] = self._beginning()
-            self._places[shard].suspect = first.stream_id
-            return True
-        chain = place.chain or await self._chain_before(shard, first)
+        chain = place.chain or await self._chain_before(shard, entries[0])
         refused = await self._archive.append(shard, entries)
         place.chain = _checked(shard, chain, entries)
         place.after = entries[-1].stream_id

@@ -109,9 +109,14 @@ class PostgreSQL:
             return False
         return True
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has been started and not stopped."""
+        return self._process is not None and self._process.poll() is None
+
     def stop(self) -> None:
         """End the server at once (SIGQUIT: it ends its own processes, and recovers at its next start)."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.runs:
             os.kill(self._process.pid, signal.SIGQUIT)
             self._process.wait(START_WITHIN_S)
 

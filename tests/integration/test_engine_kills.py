@@ -5,13 +5,16 @@ import gzip
 import os
 import random
 import signal
+import subprocess
+from collections import Counter
 from pathlib import Path
 
+import orjson
 import pytest
 
 from auction_timer.replay import ReplayReport, replay
 from engine.contract.audit import verify
-from tests.live import LiveStack, alive, until
+from tests.live import SCRIPT, LiveStack, alive, until
 
 pytestmark = pytest.mark.integration
 
@@ -75,21 +78,17 @@ def _judge(report: ReplayReport) -> None:
 
 
 def _judge_audit(stack: LiveStack) -> None:
-    """The chain of every shard is whole, and each auction's start and end stand in it once."""
-    ended: dict[str, int] = {}
-    for shard in range(8):
-        rows = stack.redis("XRANGE", f"auction:audit:{{{shard}}}", "-", "+")
-        records = [{k.decode(): v.decode() for k, v in _pairs(row[1])} for row in rows]
+    """The chain of every shard is whole, archive and stream together, and each auction's start and end stand in it once."""
+    chains: dict[int, list[dict[str, str]]] = {shard: [] for shard in range(8)}
+    export = subprocess.run(
+        [*SCRIPT, "audit", "export", "--data-dir", str(stack.data_dir)], capture_output=True, check=True, timeout=60
+    )
+    for line in export.stdout.splitlines():
+        exported = orjson.loads(line)
+        chains[exported["shard"]].append(exported["record"])
+    ended: Counter[str] = Counter()
+    for records in chains.values():
         assert verify(records) is None
-        for record in records:
-            if record["event_type"] == "auction_timer_ended":
-                ended[record["auction_id"]] = ended.get(record["auction_id"], 0) + 1
+        ended.update(record["auction_id"] for record in records if record["event_type"] == "auction_timer_ended")
     assert len(ended) == 503
     assert set(ended.values()) == {1}
-
-
-def _pairs(values: object) -> list[tuple[bytes, bytes]]:
-    if isinstance(values, dict):
-        return list(values.items())
-    assert isinstance(values, list | tuple)
-    return list(zip(values[::2], values[1::2], strict=True))

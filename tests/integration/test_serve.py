@@ -38,14 +38,15 @@ def test_children_are_named_and_none_is_left(short_tmp: Path) -> None:
     commands = " ".join(children.values())
     assert "auction-timer engine" in commands
     assert "auction-timer gateway" in commands
-    assert len(children) == 3
+    assert "auction-timer reconciler" in commands
+    assert len(children) == 4
     assert stack.ready_line.startswith("ready http://127.0.0.1:")
     assert stack.stop() == 0
     assert not [pid for pid in children if alive(pid)]
 
 
 def test_a_killed_serve_takes_everything_with_it(short_tmp: Path) -> None:
-    """SIGKILL of the parent leaves no engine, no gateway and no store behind."""
+    """SIGKILL of the parent leaves no engine, no gateway, no reconciler and no store behind."""
     stack = LiveStack(short_tmp)
     children = list(children_of(stack.process.pid))
     os.kill(stack.process.pid, signal.SIGKILL)
@@ -104,7 +105,7 @@ def test_an_engine_killed_over_a_deadline_closes_as_of_it_and_counts_the_bid_tha
     assert timer["ended_at"] == placed["arrival_ms"] + 3_000
 
 
-@pytest.mark.parametrize("role", ["engine", "gateway", "valkey-server"])
+@pytest.mark.parametrize("role", ["engine", "gateway", "reconciler", "valkey-server"])
 def test_each_part_is_restarted_when_it_is_killed(stack: LiveStack, role: str) -> None:
     """SIGKILL of any one part is an interruption: it is started again, and what was accepted before is still there."""
     auction_id, now = fresh_id(), now_of(stack)
@@ -219,8 +220,8 @@ def test_a_port_in_use_and_a_public_address_are_explained(stack: LiveStack, shor
 
 
 def test_a_role_without_a_redis_says_so() -> None:
-    """`engine` and `gateway` need a Redis, and say where to name it."""
-    for role in ("engine", "gateway"):
+    """`engine`, `gateway` and `reconciler` need a Redis, and say where to name it."""
+    for role in ("engine", "gateway", "reconciler"):
         alone = _run(role)
         assert alone.returncode == 78
         assert "--redis-url" in alone.stderr
@@ -253,7 +254,7 @@ def test_help_names_every_command() -> None:
     """`--help` lists the commands of the contract that this version has."""
     shown = _run("--help")
     assert shown.returncode == 0
-    for command in ("serve", "engine", "gateway", "emit", "replay", "watch", "check-config"):
+    for command in ("serve", "engine", "gateway", "reconciler", "audit", "emit", "replay", "watch", "check-config"):
         assert command in shown.stdout
 
 
