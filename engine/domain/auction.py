@@ -12,7 +12,7 @@ _UNSET: Final = EpochMs(0)
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The commercial facts that came with the registration. Kept and handed on; the clock does not read them."""
+    """The commercial facts that came with the registration. Kept and handed on; only a withdrawal reads them."""
 
     offer_id: str | None = None
     owner_id: str | None = None

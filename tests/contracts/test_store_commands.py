@@ -98,6 +98,8 @@ async def test_a_full_troubleshooting_does_not_refuse_operators(bench: Bench) ->
     """They are who empties it; then producers are welcome again. The bound of the intake holds for them too."""
     tight = bench.with_troubleshooting_max(1)
     await commit(bench, park("c-1"))
+    with pytest.raises(IntakeFullError):
+        await tight.append(0, [Draft("e-0", b"")], bench.now(), "call-0")
     (order,) = await tight.append(0, [Draft("order-1", b"")], bench.now(), "call-1", by_operator=True)
     assert order.accepted
     await commit(bench, Unpark("c-1"))

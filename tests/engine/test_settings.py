@@ -129,7 +129,7 @@ def test_an_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "word"),
     [
         ({"heartbeat_ms": 700}, "heartbeat_ms"),
-        ({"lease_ms": 1_000}, "heartbeat_ms"),
+        ({"lease_ms": 700}, "heartbeat_ms"),
         ({"durability": "replicated"}, "replicated"),
         ({"jwks_url": "http://keys.example/jwks"}, "jwks_url"),
         ({"jwks_url": "https://"}, "jwks_url"),
@@ -195,7 +195,9 @@ def test_with_tokens_any_address_may_be_bound(options: dict[str, Any]) -> None:
 
 def test_limits_of_the_store_follow_the_settings() -> None:
     """Each bound is the setting of its name."""
-    settings = Settings.load(seen_ms=61_000, intake_max=5_000, updates_max=2_000, closed_retention_ms=62_000)
+    settings = Settings.load(
+        seen_ms=61_000, intake_max=5_000, troubleshooting_max=700, updates_max=2_000, closed_retention_ms=62_000
+    )
     limits = settings.store_limits()
     assert (limits.seen_ms, limits.intake_max, limits.updates_max, limits.closed_retention_ms) == (
         61_000,
@@ -203,6 +205,7 @@ def test_limits_of_the_store_follow_the_settings() -> None:
         2_000,
         62_000,
     )
+    assert limits.troubleshooting_max == 700
     assert limits.stamp_bound_ms == 250
 
 

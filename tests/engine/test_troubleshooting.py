@@ -1,10 +1,13 @@
 """Troubleshooting end to end, on the memory store: what is parked, retried, cancelled, recorded and answered."""
 
+import asyncio
 from itertools import product
 from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.contract.audit import verify
 from engine.contract.intake import Actor
@@ -358,3 +361,60 @@ async def test_an_order_is_done_once_whatever_gets_lost(world: World, order: Any
     assert [entry.attempts for entry in requeued] == ([1] if order is retry else [])
     assert [command["attempts"] for command in world.parked().values()] == ([2] if order is retry else [])
     assert verify(world.shard.audit) is None
+
+
+# Any sequence of all that.
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["poison", "bid", "retry", "retry", "cancel", "restart"]), st.integers(0, 3)),
+    min_size=4,
+    max_size=30,
+)
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.requirement("R30")
+@pytest.mark.requirement("R32")
+@settings(max_examples=80, deadline=None)
+@given(steps=STEPS, batch_max=st.integers(1, 4), at_once=st.integers(1, 5))
+def test_a_command_is_in_troubleshooting_until_an_operator_cancels_it(
+    steps: list[tuple[str, int]], batch_max: int, at_once: int
+) -> None:
+    """Whatever is sent, retried, cancelled, restarted and however it falls into batches: a command's books always balance."""
+    parked: dict[str, int] = {}  # the attempts of each
+    sent: set[str] = set()
+    orders: list[str] = []
+
+    async def scenario() -> None:
+        world = World()
+        worker = await Worker(world, batch_max=batch_max).begin()
+        for serial, (kind, number) in enumerate(steps):
+            # A retry goes behind what is in the intake already, so what it leads to must be there before the next order.
+            name = f"p-{number}" if number < 2 else f"bid-{number}"
+            if kind in ("poison", "bid"):
+                await world.append(poison(name) if number < 2 else bid("unknown", str(number)))
+                if name not in sent:
+                    parked[name] = 1
+                sent.add(name)
+            elif kind == "restart":
+                worker = await Worker(world, name=f"engine-{serial}", batch_max=batch_max).begin()
+            else:
+                make = retry if kind == "retry" else discard
+                await world.append(make(name, f"order-{serial}", reply_to="i"))
+                orders.append("APPLIED" if name in parked else "REFUSED")
+                if kind == "retry" and name in parked:
+                    parked[name] += 1
+                    await worker.work()
+                elif kind == "cancel":
+                    parked.pop(name, None)
+            if serial % at_once == 0:
+                await worker.work()
+        await worker.work()
+        assert {name: command["attempts"] for name, command in world.parked().items()} == parked
+        assert set(world.shard.groups[Group.PARKED]) == set(parked)
+        assert [answer["outcome"] for answer in world.answers("i")] == orders
+        assert len(operations(world)) == orders.count("APPLIED")
+        assert verify(world.shard.audit) is None
+
+    asyncio.run(scenario())
