@@ -69,6 +69,7 @@ class Engine:
             heartbeat_ms=settings.heartbeat_ms,
             gained=self._gain,
             lost=self._lose,
+            members=store,
         )
 
     async def run(self) -> None:

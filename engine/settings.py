@@ -110,11 +110,21 @@ class Settings(BaseSettings):
         description='Origins of pages that may use the API, as a JSON list, e.g. `["https://bids.example"]`. '
         "The gateway's own origin always may.",
     )
-    connections_max: int = Field(20_000, ge=1, description="Sockets per gateway process; more are answered 503.")
+    connections_max: int = Field(
+        20_000,
+        ge=1,
+        description="Sockets per gateway process; more are answered 503. Unset, fewer where the limit of open files is low.",
+    )
     connections_per_address_max: int = Field(
         20_000,
         ge=1,
         description="Sockets per client address and gateway process. Lower it where no proxy stands in front.",
+    )
+    handshakes_per_second_max: int = Field(
+        2_000,
+        ge=1,
+        description="Socket handshakes per second and gateway process, as many at once after a quiet second; "
+        "more are answered 503.",
     )
     drain_ms: int = Field(
         25_000,
@@ -131,13 +141,13 @@ class Settings(BaseSettings):
         5_000, ge=100, description="How long a socket may not read before it is closed with 4101, in ms."
     )
     lease_ms: int = Field(
-        2_000,
+        1_500,
         ge=300,
         le=60_000,
         description="An engine whose heartbeat stands still for so long has lost its shards, in ms.",
     )
     heartbeat_ms: int = Field(
-        500, ge=50, le=20_000, description="How often an engine beats, in ms; at most a third of `lease_ms`."
+        300, ge=50, le=20_000, description="How often an engine beats, in ms; at most a third of `lease_ms`."
     )
     instance: str = Field(
         default_factory=lambda: f"{os.uname().nodename}-{os.getpid()}",

@@ -7,6 +7,9 @@ from zlib import crc32
 META: Final = "auction:meta"
 """Hash: `shards`, `schema`. Written once, when a deployment is first started."""
 
+ENGINES: Final = "auction:engines"
+"""Hash: the beats of every engine that runs, by its name."""
+
 SHARDS_MAX: Final = 1024
 
 

@@ -101,6 +101,7 @@ class MemoryStore:
         self._grown = asyncio.Event()
         self._listeners: list[asyncio.Queue[tuple[int, bytes]]] = []
         self.shards: defaultdict[int, ShardMemory] = defaultdict(ShardMemory)
+        self.members: dict[str, int] = {}
         self.replies: defaultdict[str, list[tuple[str, str, bytes]]] = defaultdict(list)
 
     def _stamp(self, memory: ShardMemory, est: EpochMs) -> EpochMs:
@@ -164,6 +165,13 @@ class MemoryStore:
         memory = self.shards[shard]
         if (memory.lease.holder, memory.lease.epoch) == (holder, epoch):
             memory.lease = Lease("", epoch, memory.lease.beat)
+
+    async def beat_member(self, name: str) -> Mapping[str, int]:
+        self.members[name] = self.members.get(name, 0) + 1
+        return dict(self.members)
+
+    async def forget_member(self, name: str) -> None:
+        self.members.pop(name, None)
 
     async def lease(self, shard: int) -> Lease:
         return self.shards[shard].lease

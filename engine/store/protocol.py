@@ -395,7 +395,23 @@ class LeaseStore(Protocol):
         ...
 
 
-class ShardStore(LeaseStore, Protocol):
+class MemberStore(Protocol):
+    """Which engines there are. Every method raises `StoreUnavailableError` when no answer comes in time."""
+
+    async def beat_member(self, name: str) -> Mapping[str, int]:
+        """Beat once as this member; every member and its beats, this one included."""
+        ...
+
+    async def forget_member(self, name: str) -> None:
+        """Take a member off the list."""
+        ...
+
+    async def lease(self, shard: int) -> Lease:
+        """The lease of a shard, as it stands."""
+        ...
+
+
+class ShardStore(LeaseStore, MemberStore, Protocol):
     """The engine's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
 
     async def time_us(self) -> int:

@@ -180,6 +180,23 @@ class RedisStore:
     async def release(self, shard: int, holder: str, epoch: int) -> None:
         await self._run(RELEASE, [self._keys(shard).lease], [holder, epoch])
 
+    async def beat_member(self, name: str) -> Mapping[str, int]:
+        client = self.link.commands
+
+        async def attempt() -> list[Any]:
+            pipe = client.pipeline(transaction=False)
+            pipe.execute_command("HINCRBY", keys.ENGINES, name, 1)
+            pipe.execute_command("HGETALL", keys.ENGINES)
+            return await pipe.execute()
+
+        beats = (await self.link.call(attempt))[-1]
+        if not isinstance(beats, dict):
+            beats = dict(zip(beats[::2], beats[1::2], strict=True))
+        return {_bytes(member).decode(): int(count) for member, count in beats.items()}
+
+    async def forget_member(self, name: str) -> None:
+        await self._read("HDEL", keys.ENGINES, name)
+
     # The fold.
 
     async def head(self, shard: int) -> ShardHead:

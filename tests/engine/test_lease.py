@@ -336,3 +336,114 @@ def test_a_slow_answer_does_not_shorten_a_lease() -> None:
         assert taker.epochs == {0: 2}
 
     world.play(scenario)
+
+
+class Fleet(World):
+    """Engines that know of each other."""
+
+    def member(
+        self, name: str, *, seed: int = 0, shards: int = 8, fit: Callable[[], bool] = lambda: True
+    ) -> LeaseKeeper:
+        """A lease keeper that shares."""
+        keeper: LeaseKeeper = self.keeper(name, seed=seed, shards=shards)
+        keeper._members = self.store
+        keeper._fit = fit
+        return keeper
+
+
+def held(*keepers: LeaseKeeper) -> list[int]:
+    """How many shards each holds; no shard is held twice."""
+    shards = [shard for keeper in keepers for shard in keeper.epochs]
+    assert len(shards) == len(set(shards)), shards
+    return [len(keeper.epochs) for keeper in keepers]
+
+
+@pytest.mark.requirement("R10")
+def test_engines_share_the_shards_as_they_come_and_go() -> None:
+    """Who joins gets its share within two heartbeats; who leaves or dies leaves its own to the rest, in a lease time."""
+    fleet = Fleet()
+
+    async def scenario() -> None:
+        a, b, c = (fleet.member(name, seed=seed) for seed, name in enumerate("abc"))
+        tasks = {"a": asyncio.create_task(a.run())}
+        await passes(1)
+        assert held(a) == [8]
+        tasks["b"] = asyncio.create_task(b.run())
+        await passes(3 * BEAT_MS)
+        assert held(a, b) == [4, 4]
+        tasks["c"] = asyncio.create_task(c.run())
+        await passes(3 * BEAT_MS)
+        assert sorted(held(a, b, c)) == [2, 3, 3]
+        await stop(tasks["a"])
+        await passes(LEASE_MS + 2 * BEAT_MS)
+        assert held(b, c) == [4, 4]
+        tasks["b"].cancel()
+        await b.release()
+        await passes(2 * BEAT_MS)
+        assert held(c) == [8]
+        await stop(tasks["c"])
+
+    fleet.play(scenario)
+
+
+@pytest.mark.parametrize(("shards", "engines"), [(1, 3), (2, 3), (8, 3), (8, 8), (5, 8)])
+def test_every_shard_is_held_however_many_engines_there_are(shards: int, engines: int) -> None:
+    """Shares are rounded up, so none is left over; who joins late gets a share too where there is one to have."""
+    fleet = Fleet()
+
+    async def scenario() -> None:
+        keepers = [fleet.member(f"e{number}", seed=number, shards=shards) for number in range(engines)]
+        tasks = []
+        for keeper in keepers:
+            tasks.append(asyncio.create_task(keeper.run()))
+            await passes(BEAT_MS / 3)
+        await passes(6 * BEAT_MS)
+        assert sum(held(*keepers)) == shards
+        assert max(held(*keepers)) == -(-shards // engines)
+        before = [dict(keeper.epochs) for keeper in keepers]
+        await passes(60 * BEAT_MS)
+        assert [keeper.epochs for keeper in keepers] == before, "what is shared out stays where it is"
+        for task in tasks:
+            await stop(task)
+
+    fleet.play(scenario)
+
+
+@pytest.mark.requirement("R12")
+def test_an_engine_that_is_not_fit_gives_everything_away_and_comes_back_when_it_is() -> None:
+    """The others need not wait for a lease to run out, and an engine alone holds nothing rather than the wrong time."""
+    fleet = Fleet()
+    fit = True
+
+    async def scenario() -> None:
+        nonlocal fit
+        a, b = fleet.member("a", fit=lambda: fit), fleet.member("b", seed=1)
+        tasks = [asyncio.create_task(a.run()), asyncio.create_task(b.run())]
+        await passes(3 * BEAT_MS)
+        assert held(a, b) == [4, 4]
+        fit = False
+        await passes(LEASE_MS + 3 * BEAT_MS)
+        assert held(a, b) == [0, 8]
+        fit = True
+        await passes(3 * BEAT_MS)
+        assert held(a, b) == [4, 4]
+        for task in tasks:
+            await stop(task)
+
+    fleet.play(scenario)
+
+
+def test_a_member_that_is_long_gone_is_taken_off_the_list() -> None:
+    """Names of engines that died do not pile up."""
+    fleet = Fleet()
+
+    async def scenario() -> None:
+        await fleet.store.beat_member("long-gone")
+        a = fleet.member("a")
+        task = asyncio.create_task(a.run())
+        await passes(31 * LEASE_MS)
+        assert set(fleet.store.members) == {"a"}
+        assert held(a) == [8]
+        await stop(task)
+
+    fleet.play(scenario)
