@@ -27,12 +27,15 @@ from engine.store.audit_reader import AuditReader
 from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError
 from engine.store.redis import RedisStore
+from gateway.admission import Admit
 from gateway.audit_routes import AuditRoutes
 from gateway.command_routes import CommandRoutes
 from gateway.commands import Commands
 from gateway.connection import Connection
+from gateway.descriptors import make_room
 from gateway.door import Door
 from gateway.feeds import EventFeed, TickFeed
+from gateway.http_connection import HEADERS_BYTES_MAX, Awaited, HttpConnection
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
 from gateway.offer_routes import OfferRoutes
@@ -47,8 +50,6 @@ from gateway.tokens import Authenticate, Tokens, tokens_of
 CALL_DEADLINE_MS: Final = 3_000
 """A caller on the other end waits: after this it is told 503 and comes again with the same ids."""
 DRAIN_WITHIN_S: Final = 5
-KEEP_ALIVE_S: Final = 15
-HEADERS_BYTES_MAX: Final = 65_536
 CORRELATION_ID: Final = re.compile(r"[!-~]{1,128}")
 
 log = structlog.get_logger()
@@ -137,6 +138,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
     )
     app.add_middleware(Authenticate, tokens=tokens)
+    app.add_middleware(Admit, admission=door.admission)
     app.add_middleware(Correlate, origins=door.origins)
     gateway = Gateway(
         auction_clock,
@@ -251,15 +253,16 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
 
     Raises:
         RedisUrlError: the URL cannot be understood.
-        SettingsError: the secret for tokens cannot be used.
+        SettingsError: the secret for tokens cannot be used, or `connections_max` needs more open files than there may be.
     """
+    settings = make_room(settings)
     assert settings.redis_url is not None
     clock = SystemClock()
     link = RedisLink(settings.redis_url, clock, call_deadline_ms=CALL_DEADLINE_MS)
     gateway = build(RedisStore(link, clock, settings.store_limits()), clock, settings, registry)
     config = uvicorn.Config(
         gateway.app,
-        http="h11",
+        http=HttpConnection,
         ws=Connection,
         lifespan="on",
         loop="none",
@@ -268,7 +271,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_WITHIN_S,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=int(Awaited.HEAD.value),
         h11_max_incomplete_event_size=HEADERS_BYTES_MAX,
         backlog=4_096,
     )

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote
 import orjson
 import structlog
 from websockets.datastructures import Headers
+from websockets.frames import CloseCode as WebSocketCloseCode
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
@@ -38,7 +39,11 @@ if TYPE_CHECKING:
     from gateway.door import Door
 
 CLIENT_FRAME_BYTES_MAX: Final = 4_096
-CLIENT_FRAMES_PER_SECOND_MAX: Final = 5
+MESSAGES_PER_SECOND_MAX: Final = 5
+CLIENT_FRAMES_PER_SECOND_MAX: Final = 50
+"""Of every kind: fragments, pings and pongs cost as much as messages."""
+PIECE_BYTES: Final = 4_096
+"""Parsed at a time, so that the rates are looked at between: 256 KiB, which a loop reads at once, may be 43,000 pings."""
 BAD_MESSAGES_MAX: Final = 3
 REPORTED_MS_MAX: Final = 24 * HOUR_MS
 CLOSE_WITHIN_S: Final = 5.0
@@ -60,6 +65,8 @@ class Connection(asyncio.Protocol):
         "_frames_left",
         "_frames_since_ns",
         "_message",
+        "_messages_left",
+        "_opcode",
         "_outbox",
         "_tick",
         "_uvicorn_connections",
@@ -87,8 +94,10 @@ class Connection(asyncio.Protocol):
         self.outbox_bytes = 0
         self._outbox: list[bytes] = []
         self._tick: bytes | None = None
-        self._message: bytes | None = None
+        self._message = b""
+        self._opcode = Opcode.TEXT
         self._bad_messages = 0
+        self._messages_left = MESSAGES_PER_SECOND_MAX
         self._frames_left = CLIENT_FRAMES_PER_SECOND_MAX
         self._frames_since_ns = 0
         self._closer: asyncio.TimerHandle | None = None
@@ -114,13 +123,16 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.last_heard_ns = self.door.now_ns()
         self.pinged = False
-        self.ws.receive_data(data)
-        for event in self.ws.events_received():
-            if isinstance(event, Request):
-                self._handshake(event)
-            else:
-                self._on_frame(cast(Frame, event))
-        self._flush()
+        for start in range(0, len(data), PIECE_BYTES):
+            if self.transport.is_closing():
+                return
+            self.ws.receive_data(data[start : start + PIECE_BYTES])
+            for event in self.ws.events_received():
+                if isinstance(event, Request):
+                    self._handshake(event)
+                else:
+                    self._on_frame(cast(Frame, event))
+            self._flush()
 
     def eof_received(self) -> None:
         self.ws.receive_eof()
@@ -224,6 +236,8 @@ class Connection(asyncio.Protocol):
 
     def _accept(self, request: Request, room: Room, since: str | None) -> None:
         response = self.ws.accept(request)
+        if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+            response.headers["Sec-WebSocket-Version"] = "13"  # RFC 6455, section 4.4: what would have been understood
         self.ws.send_response(response)
         self._flush()
         if self.ws.state is not State.OPEN:
@@ -240,46 +254,65 @@ class Connection(asyncio.Protocol):
 
     def _reject(self, problem: Problem) -> None:
         self.door.metrics.handshake(problem.type.error_code.lower())
-        body = orjson.dumps(problem_body(problem, self.door.new_correlation_id()))
-        status = HTTPStatus(problem.type.status)
-        headers = Headers({"Content-Type": MEDIA_TYPE, "Content-Length": str(len(body)), "Connection": "close"})
-        for name, value in problem.headers.items():
-            headers[name] = value
-        self.ws.send_response(Response(status.value, status.phrase, headers, body))
+        self.ws.send_response(refusal(problem, self.door.new_correlation_id()))
         self._flush()
 
     # Client frames: `sync`, and nothing else.
 
     def _on_frame(self, frame: Frame) -> None:
-        if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
-            self._message = None if frame.opcode is Opcode.BINARY else bytes(frame.data)
-        elif frame.opcode is Opcode.CONT:
-            self._message = None if self._message is None else self._message + bytes(frame.data)
+        if frame.opcode is Opcode.CLOSE:
+            return  # answered by the library
+        is_control = frame.opcode in (Opcode.PING, Opcode.PONG)
+        if not self._within_rates(ends_message=frame.fin and not is_control):
+            return
+        if is_control:
+            if self.ws.state is State.CONNECTING:
+                self.ws.data_to_send()  # the library has answered a ping that did not wait for the 101
+            return
+        if frame.opcode is Opcode.CONT:
+            self._message += bytes(frame.data)
         else:
-            return  # ping, pong and close are answered by the library
-        if frame.fin and self._within_rate():
-            self._on_message(self._message)
+            self._opcode, self._message = frame.opcode, bytes(frame.data)
+        if frame.fin:
+            message, self._message = self._message, b""
+            self._on_message(self._opcode, message)
 
-    def _within_rate(self) -> bool:
+    def _within_rates(self, *, ends_message: bool) -> bool:
         now = self.last_heard_ns
         if now - self._frames_since_ns >= 1_000_000_000:
-            self._frames_since_ns, self._frames_left = now, CLIENT_FRAMES_PER_SECOND_MAX
+            self._frames_since_ns = now
+            self._frames_left, self._messages_left = CLIENT_FRAMES_PER_SECOND_MAX, MESSAGES_PER_SECOND_MAX
         self._frames_left -= 1
-        if self._frames_left < 0:
-            self.close(CloseCode.TOO_MANY, f"at most {CLIENT_FRAMES_PER_SECOND_MAX} messages a second")
-            return False
-        return True
+        self._messages_left -= ends_message
+        if self._frames_left >= 0 and self._messages_left >= 0:
+            return True
+        if self._frames_left < -CLIENT_FRAMES_PER_SECOND_MAX:
+            self.transport.abort()  # it was told
+        elif self.ws.state is not State.CLOSING:
+            too_many = (
+                f"{MESSAGES_PER_SECOND_MAX} messages"
+                if self._messages_left < 0
+                else f"{CLIENT_FRAMES_PER_SECOND_MAX} frames"
+            )
+            self.close(CloseCode.TOO_MANY, f"at most {too_many} a second")
+        return False
 
-    def _on_message(self, message: bytes | None) -> None:
+    def _on_message(self, opcode: Opcode, message: bytes) -> None:
         room = self.room
         if room is None or self.ws.state is not State.OPEN:
             return
         received_at = self.door.hub.clock.now_ms()
-        fault = "a binary message; the protocol is JSON text" if message is None else None
-        sync: dict[str, Any] = {}
-        if message is not None:
+        fault: str | None = None
+        sync: Any = None
+        if opcode is Opcode.BINARY:
+            fault = "a binary message; the protocol is JSON text"
+        else:
             try:
-                sync = orjson.loads(message)
+                sync = orjson.loads(message.decode())
+            except UnicodeDecodeError:
+                # RFC 6455, section 8.1. The library leaves it to whoever reads the message.
+                self.ws.fail(WebSocketCloseCode.INVALID_DATA, "a text message is UTF-8")
+                return
             except orjson.JSONDecodeError:
                 fault = "the message is not JSON"
         fault = fault or _fault_of(sync)
@@ -317,6 +350,7 @@ class Connection(asyncio.Protocol):
         self._leave()
         if self.ws.state is not State.OPEN:
             self.transport.close()
+            self._cut_soon()
             return
         if last_words:
             self.transport.write(last_words)
@@ -358,11 +392,31 @@ class Connection(asyncio.Protocol):
                 self.transport.write(data)
             else:
                 self._leave()
-                self.transport.close()
+                self._end()
                 return
         if self.ws.state is not State.OPEN and self.ws.state is not State.CONNECTING:
             self._leave()
             self._cut_soon()
+
+    def _end(self) -> None:
+        """Nothing more will be written."""
+        if self.ws.state is State.CLOSING and self.ws.close_rcvd is None:
+            # The peer is in the middle of what we have failed it for. If its bytes met a closed socket, the reset would
+            # overtake our close frame: read them until it has seen that.
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+        self._cut_soon()  # whoever takes nothing cannot be told
+
+
+def refusal(problem: Problem, correlation_id: str) -> Response:
+    """The whole answer to a request that no application will see; the connection ends with it."""
+    body = orjson.dumps(problem_body(problem, correlation_id))
+    status = HTTPStatus(problem.type.status)
+    headers = Headers({"Content-Type": MEDIA_TYPE, "Content-Length": str(len(body)), "Connection": "close"})
+    for name, value in problem.headers.items():
+        headers[name] = value
+    return Response(status.value, status.phrase, headers, body)
 
 
 def _subprotocol(_protocol: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -18,6 +18,7 @@ from engine.clock import Clock
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.settings import Settings
+from gateway.admission import Admission, retry_after
 from gateway.closing import CloseCode
 from gateway.connection import Connection
 from gateway.hub import Hub
@@ -48,6 +49,7 @@ class Door:
         self.hub = hub
         self.metrics = metrics
         self.tokens = tokens
+        self.admission = Admission(settings, clock)
         self.outbox_bytes_max = settings.outbox_bytes_max
         self.origins = OriginRule(settings.allowed_origins, loopback_only=settings.is_loopback)
         self._settings = settings
@@ -96,9 +98,11 @@ class Door:
             len(self._connections) > settings.connections_max
             or self._per_address[connection.address] > settings.connections_per_address_max
         ):
+            return Problem(ProblemType.TOO_MANY_CONNECTIONS, "too many sockets; try again", headers=retry_after())
+        if not self.admission.takes_handshake():
             return Problem(
-                ProblemType.TOO_MANY_CONNECTIONS, "too many sockets; try again", headers={"Retry-After": "5"}
-            )  # fmt: skip
+                ProblemType.TOO_MANY_HANDSHAKES, "too many handshakes at once; try again", headers=retry_after()
+            )
         origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
         if len(origins) > 1 or not self.origins.admits(origins[0] if origins else None, hosts[0] if hosts else None):
             return Problem(

@@ -81,6 +81,10 @@ class StillTransport(asyncio.Transport):
             if not self.buffer:
                 self._lose()
 
+    def write_eof(self) -> None:
+        """Nothing more will come; the peer sees it and closes its own end."""
+        self.close()
+
     def abort(self) -> None:
         self._closing = self.aborted = True
         self.buffer.clear()

@@ -71,7 +71,7 @@ async def test_beyond_the_limits_the_answer_is_503_and_when_to_try_again(limit: 
     refused = Peer(house.door).knock()
     assert (refused.status, refused.problem["error_code"]) == (503, "TOO_MANY_CONNECTIONS")
     assert refused.response is not None
-    assert refused.response.headers["Retry-After"] == "5"
+    assert 1 <= int(refused.response.headers["Retry-After"]) <= 5
     await turns()
     assert_gone(house, refused)
     assert house.sample("auctions_gateway_connections") == 2

@@ -243,6 +243,7 @@ async def test_one_that_reads_late_gets_everything_in_order() -> None:
 async def test_one_that_floods_pings_and_reads_no_pong_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pongs pile up to the transport's mark; then it is not read any more, and closed when its time is over."""
     monkeypatch.setattr(connection_module, "CLOSE_WITHIN_S", 0.3)
+    monkeypatch.setattr(connection_module, "CLIENT_FRAMES_PER_SECOND_MAX", 1_000_000)
     async with live(outbox_age_max_ms=300) as made:
         flood = await Client(made.port).knock()
         await flood.read_until(lambda: len(flood.frames) == 1)
