@@ -380,6 +380,8 @@ def check_config() -> None:
         value = getattr(settings, name)
         if (name == "token" or name.endswith("_secret")) and value:
             value = "***"
+        elif name == "webhook_url" and value:
+            value = "***"  # of some services the path is the secret
         elif name.endswith("_url") and value:
             value = without_secrets(value)
         typer.echo(f"{name} = {value}")

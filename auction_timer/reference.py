@@ -39,7 +39,7 @@ def configuration() -> str:
     for name, field in sorted(Settings.model_fields.items()):
         default = (
             "computed"
-            if field.default_factory and name != "allowed_origins"
+            if field.default_factory and name not in {"allowed_origins", "webhook_types"}
             else _shown(field.get_default(call_default_factory=True))
         )
         rows.append(f"| `{PREFIX}{name.upper()}` | {_type(field.annotation)} | {default} | {field.description} |")

@@ -472,12 +472,14 @@ def _is_instant(value: bytes) -> bool:
 
 
 def update_entry(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
+    # Nothing that somebody else has put there may end the reading.
     fields = dict(zip(values[::2], values[1::2], strict=True))
+    version = fields.get(b"version", b"0")
     return UpdateEntry(
         stream_id.decode(),
-        fields.get(b"type", b"").decode(),
-        fields.get(b"auction_id", b"").decode(),
-        int(fields.get(b"version", b"0")),
+        fields.get(b"type", b"").decode(errors="replace"),
+        fields.get(b"auction_id", b"").decode(errors="replace"),
+        int(version) if version.isdigit() else 0,
         fields.get(b"body", b"{}"),
     )
 
