@@ -170,7 +170,7 @@ class Settings(BaseSettings):
         30 * 24 * HOUR_MS, ge=60_000, description="How long a closed auction can still be read, in ms."
     )
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="Port on loopback where `engine` serves its metrics. Unset: none."
+        None, ge=0, le=65535, description="Port on loopback where `engine`, or a `reconciler` started alone, serves its metrics. Unset: none."
     )
     log_format: Literal["json", "text"] = Field("text", description="Form of the log lines on stderr.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
