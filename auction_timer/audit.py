@@ -14,7 +14,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +164,14 @@ def report_line(report: ShardReport) -> str:
     return f"{line}\nbroken: shard {report.shard}, seq {fault.seq}{of}: {fault.reason}{more}"
 
 
+def verdict_line(reports: Sequence[ShardReport]) -> str:
+    """All reports in one line."""
+    records, broken = sum(report.records for report in reports), sum(report.fault is not None for report in reports)
+    if broken:
+        return f"broken: {broken} of {len(reports)} shards, {records} records"
+    return f"whole: {len(reports)} shards, {records} records"
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -254,22 +262,22 @@ async def _shard_count(link: RedisLink) -> int | None:
 
 def verify(settings: Settings) -> int:
     """Verify every shard, reports on stdout; the exit code."""
+    reports: list[ShardReport] = []
 
     async def work(progress: Progress) -> int:
-        records = broken = 0
         async with opened(settings, _tell) as (reader, shards):
             for shard in shards:
                 report = await verify_shard(reader, shard, progress)
-                print(report_line(report), flush=True)
-                records += report.records
-                broken += report.fault is not None
-        if broken:
-            print(f"broken: {broken} of {len(shards)} shards, {records} records")
-            return EXIT_FAILURE
-        print(f"whole: {len(shards)} shards, {records} records")
-        return EXIT_OK
+                reports.append(report)
+        return EXIT_FAILURE if any(report.fault for report in reports) else EXIT_OK
 
-    return _run(work, "verified")
+    code = _run(work, "verified")
+    # After the progress, which owns the terminal while it is shown.
+    for report in reports:
+        print(report_line(report))
+    if code in (EXIT_OK, EXIT_FAILURE):
+        print(verdict_line(reports))
+    return code
 
 
 def export(

@@ -394,6 +394,30 @@ def test_a_reader_that_has_seen_enough_is_no_error(log: Log) -> None:
     assert "Broken" not in ended.stderr
 
 
+def test_progress_on_a_terminal_leaves_stdout_alone(log: Log) -> None:
+    """With stderr on a terminal and stdout in a file, what was counted is shown on one and the reports go to the other."""
+    master, terminal = os.openpty()
+    try:
+        ended = subprocess.run(
+            [*SCRIPT, "audit", "verify", "--redis-url", log.streams.server.url, "--data-dir", str(log.directory)],
+            env={name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
+            | {"TERM": "xterm"},
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        shown = os.read(master, 65_536).decode()
+    finally:
+        os.close(terminal)
+        os.close(master)
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[-1] == f"whole: 2 shards, {WRITTEN} records"
+    assert "reading" in shown or "records verified" in shown
+    assert "whole" not in shown
+
+
 def test_times_that_cannot_be_read_are_a_usage_error(cli: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     """`--since yesterday` exits 2 and says what to write."""
     wrong = cli("export", "--since", "yesterday")
