@@ -34,6 +34,7 @@ from gateway.commands import Commands
 from gateway.connection import Connection
 from gateway.descriptors import make_room
 from gateway.door import Door
+from gateway.event_stream import EventStreamRoutes
 from gateway.feeds import EventFeed, TickFeed
 from gateway.http_connection import HEADERS_BYTES_MAX, Awaited, HttpConnection
 from gateway.hub import Hub
@@ -133,7 +134,14 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
             yield {"door": door}
 
     app = Starlette(
-        routes=[*api.routes(), *auctions.routes(), *audit.routes(), *offers.routes(), *ops.routes()],
+        routes=[
+            *api.routes(),
+            *EventStreamRoutes(door).routes(),
+            *auctions.routes(),
+            *audit.routes(),
+            *offers.routes(),
+            *ops.routes(),
+        ],
         lifespan=lifespan,
         exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
     )

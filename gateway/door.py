@@ -21,6 +21,7 @@ from engine.settings import Settings
 from gateway.admission import Admission, retry_after
 from gateway.closing import CloseCode
 from gateway.connection import Connection
+from gateway.event_stream import EventStream
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
 from gateway.origins import OriginRule
@@ -51,10 +52,12 @@ class Door:
         self.tokens = tokens
         self.admission = Admission(settings, clock)
         self.outbox_bytes_max = settings.outbox_bytes_max
+        self.outbox_age_max_ms = settings.outbox_age_max_ms
         self.origins = OriginRule(settings.allowed_origins, loopback_only=settings.is_loopback)
         self._settings = settings
         self._clock = clock
         self._connections: set[Connection] = set()
+        self._streams: set[EventStream] = set()
         self._per_address: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._farewells: set[Room] = set()
@@ -78,24 +81,43 @@ class Door:
     def opened(self, connection: Connection) -> None:
         """A connection wants to become a socket."""
         self._connections.add(connection)
-        self._per_address[connection.address] += 1
-        self.metrics.connections.set(len(self._connections))
+        self._count(connection.address, 1)
 
     def closed(self, connection: Connection) -> None:
         """A connection is gone."""
         self._connections.discard(connection)
-        self._per_address[connection.address] -= 1
-        if not self._per_address[connection.address]:
-            del self._per_address[connection.address]
-        self.metrics.connections.set(len(self._connections))
+        self._count(connection.address, -1)
 
-    def refuse(self, connection: Connection, request: Request) -> Problem | None:
+    def stream_opened(self, stream: EventStream) -> None:
+        """A request wants to become an event stream. It counts as a socket does, and no longer as a plain connection."""
+        self.admission.left(stream.address)
+        self._streams.add(stream)
+        self._count(stream.address, 1)
+
+    def stream_closed(self, stream: EventStream) -> None:
+        """An event stream is over, or never began."""
+        stream.leave()
+        self._streams.discard(stream)
+        self._count(stream.address, -1)
+        self.admission.arrived(stream.address)
+
+    def _count(self, address: str, by: int) -> None:
+        self._per_address[address] += by
+        if not self._per_address[address]:
+            del self._per_address[address]
+        self.metrics.connections.set(self._watchers)
+
+    @property
+    def _watchers(self) -> int:
+        return len(self._connections) + len(self._streams)
+
+    def refuse(self, connection: Connection | EventStream, request: Request) -> Problem | None:
         """Why a handshake is refused; None if it is not."""
         settings = self._settings
         if self.draining:
             return Problem(ProblemType.DRAINING, "this gateway is going away; come back", headers={"Retry-After": "1"})
         if (
-            len(self._connections) > settings.connections_max
+            self._watchers > settings.connections_max
             or self._per_address[connection.address] > settings.connections_per_address_max
         ):
             return Problem(ProblemType.TOO_MANY_CONNECTIONS, "too many sockets; try again", headers=retry_after())
@@ -186,10 +208,11 @@ class Door:
         if self.tokens is None:
             return
         now = self.hub.clock.now_ms()
-        for connection in self._connections.copy():
-            room = connection.room
-            if room is not None and connection.principal.is_expired(now) and not _ends_soon(room, now):
-                connection.close(CloseCode.TOKEN_EXPIRED, "the token has expired: renew it, and come back with since")
+        watchers: list[Connection | EventStream] = [*self._connections, *self._streams]
+        for watcher in watchers:
+            room = watcher.room
+            if room is not None and watcher.principal.is_expired(now) and not _ends_soon(room, now):
+                watcher.close(CloseCode.TOKEN_EXPIRED, "the token has expired: renew it, and come back with since")
 
 
 def _ends_soon(room: Room, now: EpochMs) -> bool:

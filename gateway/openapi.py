@@ -7,6 +7,7 @@ from engine.domain.lifecycle import Status
 from gateway.events import event_schemas
 from gateway.openapi_commands import command_paths, command_schemas
 from gateway.openapi_parts import AUCTION_ID, DURATION, INSTANT, JSON, answer, problems, query, ref
+from gateway.openapi_watching import watch_paths
 from gateway.problems import ProblemType
 from gateway.queries import LIMIT_MAX
 from gateway.tokens import OPEN_PATHS
@@ -221,7 +222,7 @@ def document(version: str) -> dict[str, Any]:
             "description": "Realtime auction timers. Every answer carries `X-Correlation-Id`, echoed or generated. "
             "The socket at `/auctions/{auction_id}/updates` is not HTTP and not described here.",
         },
-        "paths": _guarded(_paths() | command_paths()),
+        "paths": _guarded(_paths() | watch_paths() | command_paths()),
         "security": [{"bearer": []}, {}],
         "components": {
             "securitySchemes": {"bearer": _BEARER},

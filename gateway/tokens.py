@@ -6,6 +6,7 @@ So a token "signed" with a public key as its secret finds no key to agree with.
 
     HTTP     Authorization: Bearer JWT                                        (RFC 6750, section 2.1)
     socket   the same · Sec-WebSocket-Protocol: auction-timer.v1, bearer.JWT · ?token=JWT
+    stream   as HTTP · ?token=JWT
 """
 
 import re
@@ -55,6 +56,9 @@ WITH_PUBLIC_KEY: Final = frozenset(
 
 SUBPROTOCOL: Final = "auction-timer.v1"
 BEARER_SUBPROTOCOL: Final = "bearer."
+
+EVENT_STREAM_PATH: Final = re.compile(r"/auctions/[^/]+/events")
+"""A browser's EventSource sets no header, so here alone of HTTP the query may hold the token."""
 
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/openapi.json", "/asyncapi.json"})
 """What probes and tools read before anybody gave them a token. None of it tells anything about an auction."""
@@ -324,6 +328,8 @@ class Authenticate:
             return
         try:
             token = bearer(Headers(scope=scope).getlist("authorization"))
+            if token is None and EVENT_STREAM_PATH.fullmatch(scope["path"]):
+                token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [None])[-1]
             scope["state"]["principal"] = await authenticate(self._tokens, token)
         except Problem as refused:
             await problem_response(refused, scope["state"]["correlation_id"])(scope, receive, send)
