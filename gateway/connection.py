@@ -268,6 +268,8 @@ class Connection(asyncio.Protocol):
         if is_control:
             if self.ws.state is State.CONNECTING:
                 self.ws.data_to_send()  # the library has answered a ping that did not wait for the 101
+            else:
+                self._flush()  # a pong goes before the answers to messages behind its ping
             return
         if frame.opcode is Opcode.CONT:
             self._message += bytes(frame.data)
@@ -275,6 +277,10 @@ class Connection(asyncio.Protocol):
             self._opcode, self._message = frame.opcode, bytes(frame.data)
         if frame.fin:
             message, self._message = self._message, b""
+            if self._opcode is Opcode.TEXT and not _is_utf8(message):
+                # RFC 6455, section 8.1. The library leaves it to whoever reads the message.
+                self.ws.fail(WebSocketCloseCode.INVALID_DATA, "a text message is UTF-8")
+                return
             self._on_message(self._opcode, message)
 
     def _within_rates(self, *, ends_message: bool) -> bool:
@@ -308,11 +314,7 @@ class Connection(asyncio.Protocol):
             fault = "a binary message; the protocol is JSON text"
         else:
             try:
-                sync = orjson.loads(message.decode())
-            except UnicodeDecodeError:
-                # RFC 6455, section 8.1. The library leaves it to whoever reads the message.
-                self.ws.fail(WebSocketCloseCode.INVALID_DATA, "a text message is UTF-8")
-                return
+                sync = orjson.loads(message)
             except orjson.JSONDecodeError:
                 fault = "the message is not JSON"
         fault = fault or _fault_of(sync)
@@ -430,6 +432,14 @@ def _auction_id(path: str) -> str | None:
         return None
     auction_id = unquote(parts[2])
     return auction_id if AUCTION_ID.fullmatch(auction_id) else None
+
+
+def _is_utf8(message: bytes) -> bool:
+    try:
+        message.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _fault_of(sync: Any) -> str | None:
