@@ -33,6 +33,7 @@ class StaleTicks:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._sent_at: dict[Room, EpochMs] = {}
+        self._began_at: EpochMs | None = None
 
     async def run(self) -> None:
         """Look once a second, until cancelled."""
@@ -45,6 +46,7 @@ class StaleTicks:
         if not self._hub.clock.synced:
             return
         now = self._hub.clock.now_ms()
+        self._began_at = self._began_at or now
         silent = [room for room in self._hub.watched() if self._is_silent(room, now)]
         self._sent_at = {room: self._sent_at[room] for room in silent if room in self._sent_at}
         for room in silent:
@@ -53,7 +55,9 @@ class StaleTicks:
                 self._hub.tick(room, room.version, _tick(room, now))
 
     def _is_silent(self, room: Room, now: EpochMs) -> bool:
-        return self._hub.stale() or now - self._hub.engine_seen.get(room.shard, now) > ENGINE_SILENCE_MAX_MS
+        # An engine that was never heard has been silent for as long as anybody has listened.
+        seen_at = self._hub.engine_seen.get(room.shard, self._began_at or now)
+        return self._hub.stale() or now - seen_at > ENGINE_SILENCE_MAX_MS
 
     def _is_due(self, room: Room, now: EpochMs) -> bool:
         sent_at = self._sent_at.get(room)

@@ -1,0 +1,410 @@
+"""Tests for gateway.fanout: turns, chunks, queues, conflation, relief."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway import fanout as fanout_module
+from gateway.closing import CloseCode
+from gateway.fanout import TURN, Fanout
+from gateway.room import Frame, Room
+from tests.gateway.house import Listener, payload
+
+
+def crowd(room: Room, count: int) -> list[Listener]:
+    """So many who watch a room from now on."""
+    listeners = [Listener() for _ in range(count)]
+    room.writable |= set(listeners)
+    return listeners
+
+
+def got(listeners: list[Listener]) -> int:
+    """How many of them were written something."""
+    return sum(bool(listener.sent) for listener in listeners)
+
+
+async def passes(fanout: Fanout, until: Callable[[], bool] | None = None) -> int:
+    """Let passes of the event loop run until something holds, or nothing is left to send; how many it took."""
+    count = 0
+    while fanout._passing and not (until is not None and until()):
+        await asyncio.sleep(0)
+        count += 1
+        assert count < 100_000
+    return count
+
+
+def counting() -> tuple[Fanout, list[int]]:
+    """A fan-out, and the ticks that it has conflated."""
+    conflated: list[int] = []
+    return Fanout(conflated.append), conflated
+
+
+# Turns.
+
+
+@pytest.mark.requirement("B3")
+async def test_a_small_room_is_written_at_once() -> None:
+    """While the turn lasts nothing waits for a pass: a room of fifty has its frame before `send` returns."""
+    fanout, _ = counting()
+    room = Room("small", 0)
+    listeners = crowd(room, 50)
+    fanout.send(room, Frame(b"e"), is_tick=False)
+    assert got(listeners) == 50
+    assert not fanout.is_sending(room)
+
+
+async def test_one_pass_writes_no_more_than_a_turn_whatever_there_is_to_do() -> None:
+    """Between two passes the loop is free: sockets are read and timers fire, however large and many the rooms are."""
+    fanout, _ = counting()
+    rooms = [Room(f"r-{number}", 0) for number in range(5)]
+    # No multiple of a chunk: the last one of each room is a smaller one.
+    everyone = [listener for room in rooms for listener in crowd(room, TURN + 50)]
+    for room in rooms:
+        fanout.send(room, Frame(b"e"), is_tick=False)
+        fanout.send(room, Frame(b"t"), is_tick=True)
+    written = 0
+    while fanout._passing:
+        await asyncio.sleep(0)
+        before, written = written, sum(len(listener.sent) for listener in everyone)
+        assert written - before <= TURN
+    assert written == 2 * len(everyone)
+
+
+async def test_many_small_rooms_share_one_turn() -> None:
+    """What the direct way has written counts as well: beyond a turn, small rooms wait for the next pass too."""
+    fanout, _ = counting()
+    rooms = [Room(f"r-{number}", 0) for number in range(20)]
+    everyone = [listener for room in rooms for listener in crowd(room, TURN // 8)]
+    for room in rooms:
+        fanout.send(room, Frame(b"e"), is_tick=False)
+    assert got(everyone) == TURN
+    await asyncio.sleep(0)
+    assert got(everyone) == 2 * TURN
+    await passes(fanout)
+    assert got(everyone) == len(everyone)
+
+
+@pytest.mark.requirement("B3", "R7")
+async def test_a_small_room_does_not_wait_for_the_whole_of_a_crowded_one() -> None:
+    """Rooms with a queue take turns: 600 sockets are done after a share of the passes that 20,000 writes need."""
+    fanout, _ = counting()
+    crowded, small = Room("crowded", 0), Room("small", 0)
+    many, few = crowd(crowded, 5_000), crowd(small, TURN + 88)
+    for number in range(4):
+        fanout.send(crowded, Frame(b"c%d" % number), is_tick=False)
+    fanout.send(small, Frame(b"s"), is_tick=False)
+    await passes(fanout, lambda: got(few) == len(few))
+    # As many chunks, and the rest of the pass in which the last one was written.
+    assert sum(len(listener.sent) for listener in many) <= len(few) + TURN
+    # And one that fits into a turn is written in the next pass, at the latest.
+    third = Room("third", 0)
+    handful = crowd(third, 10)
+    fanout.send(third, Frame(b"t"), is_tick=False)
+    await asyncio.sleep(0)
+    assert got(handful) == len(handful)
+    await passes(fanout)
+    assert all([payload(frame) for frame in one.sent] == [b"c0", b"c1", b"c2", b"c3"] for one in many)
+
+
+async def test_a_room_that_nobody_is_in_is_done_at_once() -> None:
+    """A frame for nobody, or for streams only, takes no turn and leaves no queue."""
+    fanout, _ = counting()
+    room = Room("empty", 0)
+    done: list[int] = []
+    fanout.send(room, Frame(b"e"), is_tick=False, done=lambda: done.append(1))
+    assert (done, fanout.is_sending(room)) == ([1], False)
+
+
+async def test_a_frame_for_a_room_that_became_small_does_not_overtake_what_waits_there() -> None:
+    """Everyone but one leaves while an event is in the queue: the next event, though small enough, comes behind it."""
+    fanout, _ = counting()
+    room = Room("shrinking", 0)
+    stays, *leave = crowd(room, TURN + 1)
+    fanout.send(room, Frame(b"first"), is_tick=False)
+    room.writable -= set(leave)
+    fanout.send(room, Frame(b"second"), is_tick=False)
+    await passes(fanout)
+    assert [payload(frame) for frame in stays.sent] == [b"first", b"second"]
+
+
+async def test_a_queue_whose_watchers_have_all_gone_comes_to_its_end() -> None:
+    """Everyone leaves while frames wait: each is still done, and nothing is left behind."""
+    fanout, _ = counting()
+    room = Room("left", 0)
+    listeners = crowd(room, 2 * TURN)
+    done: list[str] = []
+    for name in ("first", "second"):
+        fanout.send(room, Frame(name.encode()), is_tick=False, done=lambda name=name: done.append(name))  # type: ignore[misc]
+    await asyncio.sleep(0)
+    some = got(listeners)
+    room.writable.clear()
+    await passes(fanout)
+    assert done == ["first", "second"]
+    assert got(listeners) == some == TURN
+    assert not fanout.is_sending(room)
+    assert fanout._outstanding == 0
+
+
+# Ticks.
+
+
+@pytest.mark.requirement("B3")
+async def test_ticks_in_a_queue_conflate_and_are_counted() -> None:
+    """Of ticks that nobody has been sent yet only the newest stays; one that is half-way is finished; events all stay."""
+    fanout, conflated = counting()
+    room = Room("crowded", 0)
+    listeners = crowd(room, 2 * TURN)
+    for number in range(3):
+        fanout.send(room, Frame(b"t%d" % number), is_tick=True)
+    await asyncio.sleep(0)
+    for number in range(3, 6):
+        fanout.send(room, Frame(b"t%d" % number), is_tick=True)
+    fanout.send(room, Frame(b"e"), is_tick=False)
+    for number in range(6, 8):
+        fanout.send(room, Frame(b"t%d" % number), is_tick=True)
+    await passes(fanout)
+    assert {tuple(payload(frame) for frame in listener.sent) for listener in listeners} == {(b"t2", b"t5", b"e", b"t7")}
+    assert conflated == [2 * TURN] * 5
+    assert fanout._outstanding == 0
+
+
+# Streams.
+
+
+class Reader:
+    """Implements `gateway.room.Stream`."""
+
+    def __init__(self) -> None:
+        self.got: list[bytes] = []
+
+    def event(self, frame: Frame) -> None:
+        self.got.append(frame.payload)
+
+    def tick(self, frame: Frame) -> None:
+        self.got.append(frame.payload)
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        raise AssertionError("nobody says farewell here")
+
+
+async def test_streams_get_every_frame_once_and_in_order_however_crowded_the_room_is() -> None:
+    """Who is no socket bounds itself: it is told at once, by the direct way and beside a queue."""
+    fanout, _ = counting()
+    room = Room("mixed", 0)
+    reader = Reader()
+    room.streams.add(reader)
+    fanout.send(room, Frame(b"1"), is_tick=False)
+    crowd(room, 2 * TURN)
+    for name in (b"2", b"3", b"4"):
+        fanout.send(room, Frame(name), is_tick=name == b"3")
+    assert reader.got == [b"1", b"2", b"3", b"4"]
+    await passes(fanout)
+    assert reader.got == [b"1", b"2", b"3", b"4"]
+
+
+# Relief.
+
+
+@pytest.mark.requirement("B3")
+async def test_who_reads_events_waits_while_too_many_writes_are_outstanding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the bound `relieved` blocks; it frees when half of it is written, and not before."""
+    monkeypatch.setattr(fanout_module, "OUTSTANDING_MAX", 4 * TURN)
+    fanout, _ = counting()
+    room = Room("crowded", 0)
+    crowd(room, 2 * TURN)
+    for number in range(2):
+        fanout.send(room, Frame(b"e%d" % number), is_tick=False)
+    async with asyncio.timeout(1):
+        await fanout.relieved()  # the bound itself is within it
+    fanout.send(room, Frame(b"e3"), is_tick=False)
+    waiting = asyncio.ensure_future(fanout.relieved())
+    while fanout._outstanding > 2 * TURN:
+        assert not waiting.done()
+        await asyncio.sleep(0)
+    assert fanout._outstanding > TURN, "it frees long before all is written"
+    async with asyncio.timeout(1):
+        await waiting
+    await passes(fanout)
+
+
+async def test_conflated_ticks_are_outstanding_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks replace each other in a queue, so they alone never make anybody wait."""
+    monkeypatch.setattr(fanout_module, "OUTSTANDING_MAX", 4 * TURN)
+    fanout, _ = counting()
+    room = Room("crowded", 0)
+    crowd(room, 2 * TURN)
+    for number in range(100):
+        fanout.send(room, Frame(b"t%d" % number), is_tick=True)
+    async with asyncio.timeout(1):
+        await fanout.relieved()
+    await passes(fanout)
+    assert fanout._outstanding == 0
+
+
+# A whole life.
+
+
+@dataclass(eq=False)
+class Watcher:
+    """A socket with the rules of `gateway.connection`: an outbox and one slot while it lags, both written when it reads."""
+
+    room: Room
+    saw: int
+    """The last event that was part of its snapshot."""
+    stalls_after: int
+    """Writes that its transport takes before it asks to pause."""
+
+    def __post_init__(self) -> None:
+        self.read: list[bytes] = []
+        self.outbox: list[bytes] = []
+        self.slot: bytes | None = None
+        self.here = True
+        self.room.writable.add(self)
+
+    def send(self, frame: bytes) -> None:
+        assert self in self.room.writable
+        assert not self.outbox, "it would overtake what is kept"
+        self.read.append(payload(frame))
+        self.stalls_after -= 1
+        if self.stalls_after == 0:
+            self.stall()
+
+    def keep_event(self, frame: bytes) -> None:
+        assert self in self.room.lagging
+        self.outbox.append(payload(frame))
+
+    def keep_tick(self, frame: bytes) -> None:
+        assert self in self.room.lagging
+        self.slot = payload(frame)
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        raise AssertionError("nobody says farewell here")
+
+    def stall(self) -> None:
+        if self.here:
+            self.room.writable.discard(self)
+            self.room.lagging.add(self)
+
+    def resume(self) -> None:
+        if self.here and self in self.room.lagging:
+            self.read += self.outbox + ([self.slot] if self.slot is not None else [])
+            self.outbox, self.slot = [], None
+            self.room.lagging.discard(self)
+            self.room.writable.add(self)
+
+    def leave(self) -> None:
+        self.here = False
+        self.room.writable.discard(self)
+        self.room.lagging.discard(self)
+
+
+class World:
+    """Rooms, who is in them, and what was sent."""
+
+    def __init__(self, sizes: list[int], stalls_after: int) -> None:
+        self.conflated = 0
+        self.fanout = Fanout(self._count)
+        self.rooms = [Room(f"r-{number}", 0) for number in range(len(sizes))]
+        self.events = [0] * len(sizes)
+        self.ticks = [0] * len(sizes)
+        self.done: list[list[int]] = [[] for _ in sizes]
+        self.watchers = [
+            Watcher(room, 0, stalls_after + number if stalls_after else 0)
+            for room, size in zip(self.rooms, sizes, strict=True)
+            for number in range(size)
+        ]
+
+    def _count(self, number: int) -> None:
+        self.conflated += number
+
+    def event(self, at: int) -> None:
+        self.events[at] += 1
+        number = self.events[at]
+        frame = Frame(b"e%d" % number)
+        self.fanout.send(self.rooms[at], frame, is_tick=False, done=lambda: self.on_done(at, number))
+
+    def on_done(self, at: int, number: int) -> None:
+        self.done[at].append(number)
+        for watcher in self.watchers:
+            if watcher.room is self.rooms[at] and watcher.here and watcher.saw < number:
+                assert b"e%d" % number in (*watcher.read, *watcher.outbox), "done before everyone has it"
+
+    def tick(self, at: int) -> None:
+        self.ticks[at] += 1
+        self.fanout.send(self.rooms[at], Frame(b"t%d" % self.ticks[at]), is_tick=True)
+
+    def join(self, at: int) -> None:
+        self.watchers.append(Watcher(self.rooms[at], self.events[at], 0))
+
+    def check(self) -> None:
+        for watcher in self.watchers:
+            at = self.rooms.index(watcher.room)
+            events = [int(name[1:]) for name in watcher.read if name[:1] == b"e"]
+            ticks = [int(name[1:]) for name in watcher.read if name[:1] == b"t"]
+            expected = list(range(watcher.saw + 1, self.events[at] + 1))
+            assert events == (expected if watcher.here else expected[: len(events)])
+            assert ticks == sorted(set(ticks)), "a tick never goes back"
+        assert self.done == [list(range(1, count + 1)) for count in self.events]
+        assert self.fanout._outstanding == 0
+        assert not any(self.fanout.is_sending(room) for room in self.rooms)
+
+
+ROOM = st.integers(0, 2)
+SOMEBODY = st.integers(0, 10_000)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("event"), ROOM),
+        st.tuples(st.just("tick"), ROOM),
+        st.tuples(st.just("join"), ROOM),
+        st.tuples(st.just("stall"), SOMEBODY),
+        st.tuples(st.just("resume"), SOMEBODY),
+        st.tuples(st.just("leave"), SOMEBODY),
+        st.tuples(st.just("pass"), st.integers(1, 4)),
+    ),
+    max_size=60,
+)
+
+
+@pytest.mark.requirement("B3")
+@settings(deadline=None, max_examples=300)
+@given(
+    sizes=st.lists(st.integers(0, 25), min_size=3, max_size=3), stalls_after=st.sampled_from([0, 0, 1, 3]), steps=STEPS
+)
+def test_whatever_subscribers_do_each_gets_every_event_once_and_in_order(
+    sizes: list[int], stalls_after: int, steps: list[tuple[str, int]]
+) -> None:
+    """Stalls, reads again, leaves and joins at any moment between the passes, in rooms of several turns: nothing is lost,
+    doubled or overtaken, a joiner is told nothing that its snapshot has, and the newest tick of all comes last."""
+
+    async def scenario() -> None:
+        world = World(sizes, stalls_after)
+        somebody: dict[str, Callable[[Watcher], Any]] = {
+            "stall": Watcher.stall, "resume": Watcher.resume, "leave": Watcher.leave,
+        }  # fmt: skip
+        for name, number in steps:
+            if name in ("event", "tick", "join"):
+                getattr(world, name)(number)
+            elif name == "pass":
+                for _ in range(number):
+                    await asyncio.sleep(0)
+            elif world.watchers:
+                somebody[name](world.watchers[number % len(world.watchers)])
+        for at in range(3):
+            world.tick(at)
+        await passes(world.fanout)
+        for watcher in world.watchers:
+            watcher.resume()
+        world.check()
+        for watcher in world.watchers:
+            if watcher.here:
+                assert watcher.read[-1] == b"t%d" % world.ticks[world.rooms.index(watcher.room)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fanout_module, "TURN", 8)
+        patch.setattr(fanout_module, "CHUNK", 3)
+        asyncio.run(scenario())

@@ -1,0 +1,99 @@
+"""Tests for gateway.ring."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.contract.cursors import START, stream_order
+from engine.store.protocol import UpdateEntry
+from gateway.ring import RING_MAX, Ring
+
+AUCTIONS = ("a-1", "a-2", "a-3")
+
+
+def entry(stream_id: str, auction_id: str) -> UpdateEntry:
+    """An event of an auction."""
+    return UpdateEntry(stream_id, "bid.accepted", auction_id, 1, b"{}")
+
+
+class NaiveRing:
+    """The specification: one list, looked through from end to end."""
+
+    def __init__(self, length_max: int) -> None:
+        self.length_max = length_max
+        self.entries: list[UpdateEntry] = []
+        self.from_ = START
+
+    def start_at(self, stream_id: str) -> None:
+        self.entries, self.from_ = [], stream_id
+
+    def append(self, new: UpdateEntry) -> None:
+        self.entries.append(new)
+        if len(self.entries) > self.length_max:
+            self.from_ = self.entries.pop(0).stream_id
+
+    def since(self, auction_id: str, behind: tuple[int, int]) -> list[UpdateEntry] | None:
+        if behind < stream_order(self.from_):
+            return None
+        return [
+            found for found in self.entries if found.auction_id == auction_id and stream_order(found.stream_id) > behind
+        ]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.sampled_from(AUCTIONS), st.integers(0, 2), st.integers(0, 3)),
+        st.tuples(st.just("start_at"), st.just(""), st.integers(0, 12), st.integers(0, 3)),
+    ),
+    max_size=40,
+)
+
+
+@pytest.mark.requirement("B4")
+@settings(deadline=None, max_examples=150)
+@given(length_max=st.integers(1, 8), steps=STEPS)
+def test_a_ring_answers_as_a_plain_list_would(length_max: int, steps: list[tuple[str, str, int, int]]) -> None:
+    """Whatever is appended, forgotten and started over: each auction's events behind every place, or that some are gone."""
+    ring, naive = Ring(length_max), NaiveRing(length_max)
+    ms, seq = 0, 0
+    for name, auction_id, by, more in steps:
+        if name == "append":
+            # Ids grow by either half, as Redis makes them: 9-1 comes before 10-0.
+            ms, seq = (ms + by, 0) if by else (ms, seq + 1 + more)
+            ring.append(entry(f"{ms}-{seq}", auction_id))
+            naive.append(entry(f"{ms}-{seq}", auction_id))
+        else:
+            ms, seq = by, more
+            ring.start_at(f"{ms}-{seq}")
+            naive.start_at(f"{ms}-{seq}")
+        for each in AUCTIONS:
+            for behind in [(at, part) for at in range(ms + 2) for part in range(seq + 2)]:
+                assert ring.since(each, behind) == naive.since(each, behind), (each, behind)
+    assert sum(len(own) for own in ring._by_auction.values()) == len(ring._entries) <= length_max
+    assert all(ring._by_auction.values()), "an auction whose events are all forgotten is forgotten too"
+
+
+def test_a_new_ring_lacks_nothing() -> None:
+    """Before anything has happened, nothing was missed, whatever the auction."""
+    assert Ring().since("a-1", stream_order(START)) == []
+
+
+def test_the_events_of_others_cost_a_resume_nothing() -> None:
+    """A thousand clients of one quiet auction come back at once: none of them looks at the busy ones' events."""
+    ring = Ring()
+    ring.append(entry("1-0", "quiet"))
+    for number in range(RING_MAX - 1):
+        ring.append(entry(f"2-{number}", "busy"))
+    looked: list[str] = []
+
+    class Watched(dict):  # type: ignore[type-arg]
+        def get(self, key: str, default: object = None) -> object:
+            looked.append(key)
+            return super().get(key, default)
+
+    ring._by_auction = Watched(ring._by_auction)
+    # From here on a look at what all auctions share would fail.
+    ring._entries = None  # type: ignore[assignment]
+    assert ring.since("quiet", (0, 0)) == [entry("1-0", "quiet")]
+    assert ring.since("quiet", (1, 0)) == []
+    assert looked == ["quiet", "quiet"]
