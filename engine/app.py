@@ -17,6 +17,7 @@ from engine.domain.instants import EpochMs
 from engine.lease import LeaseKeeper
 from engine.logs import without_secrets
 from engine.metrics import EngineMetrics
+from engine.pace import REALTIME, Pace
 from engine.scheduler import Scheduler
 from engine.settings import Settings
 from engine.shard import INBOX_MAX, Shard, ShardLostError
@@ -26,10 +27,6 @@ from engine.store.redis import RedisStore
 
 READ_MAX: Final = 512
 """Entries per shard and read."""
-READ_BLOCK_MS: Final = 1_000
-READ_AGAIN_MS: Final = 20
-"""While a shard's inbox is full the read leaves it out, and must not block the others' next look for long."""
-OBSERVE_EVERY_S: Final = 2.0
 FORGET_EVERY_ROUNDS: Final = 300
 """Ten minutes between two looks at what has been closed for longer than it is kept."""
 RELEASE_WITHIN_S: Final = 2.0
@@ -41,17 +38,24 @@ class Engine:
     """All shards of one engine process, the scheduler, the reader and the leases."""
 
     def __init__(
-        self, store: ShardStore, clock: Clock, settings: Settings, metrics: EngineMetrics, retries: Callable[[], int]
+        self,
+        store: ShardStore,
+        clock: Clock,
+        settings: Settings,
+        metrics: EngineMetrics,
+        retries: Callable[[], int],
+        pace: Pace = REALTIME,
     ) -> None:
         self._store = store
         self._settings = settings
         self._metrics = metrics
         self._retries = retries
+        self._pace = pace
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._room = asyncio.Event()
         self.shards: dict[int, Shard] = {}
         self.clock = AuctionClock(clock)
-        self.sync = ClockSync(self.clock, store.time_us)
+        self.sync = ClockSync(self.clock, store.time_us, every_s=pace.sample_every_s)
         self.scheduler = Scheduler(
             self.clock,
             store,
@@ -59,6 +63,7 @@ class Engine:
             shard_count=settings.shards,
             instance=settings.instance,
             metrics=metrics,
+            pace=pace,
         )
         self.leases = LeaseKeeper(
             store,
@@ -130,7 +135,8 @@ class Engine:
                 await self._wait_for_room()
                 continue
             # Shards still to come, or without room, must not wait until this read ends.
-            block_ms = READ_BLOCK_MS if len(after) == self._settings.shards else READ_AGAIN_MS
+            every_shard = len(after) == self._settings.shards
+            block_ms = self._pace.read_block_ms if every_shard else self._pace.read_again_ms
             try:
                 found = await self._store.read_intake(after, READ_MAX, block_ms)
             except StoreUnavailableError as error:
@@ -145,13 +151,13 @@ class Engine:
     async def _wait_for_room(self) -> None:
         # Not `wait_for`, which before Python 3.12 can swallow a cancellation (see engine.store.link).
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(READ_BLOCK_MS / 1_000):
+            async with asyncio.timeout(self._pace.read_block_ms / 1_000):
                 await self._room.wait()
 
     async def _observe(self) -> None:
         seen_retries = 0
         for round_number in count(1):
-            await asyncio.sleep(OBSERVE_EVERY_S)
+            await asyncio.sleep(self._pace.observe_every_s)
             self._metrics.active.set(sum(len(shard.live) for shard in self.shards.values()))
             self._metrics.intake_lag.set(sum(len(shard.inbox) for shard in self.shards.values()))
             retries = self._retries()

@@ -8,11 +8,11 @@ import structlog
 from redis.exceptions import RedisError
 
 from engine.clock import STEP_US, AuctionClock
+from engine.pace import REALTIME
 from engine.store.protocol import StoreError
 
 BURST: Final = 8
 """Samples at the start: enough that one of them met an idle server."""
-SAMPLE_EVERY_S: Final = 1.0
 RETRY_S: Final = 0.25
 
 log = structlog.get_logger()
@@ -21,9 +21,16 @@ log = structlog.get_logger()
 class ClockSync:
     """Samples `authority_us` (Redis `TIME`) and feeds the clock."""
 
-    def __init__(self, clock: AuctionClock, authority_us: Callable[[], Awaitable[int]]) -> None:
+    def __init__(
+        self,
+        clock: AuctionClock,
+        authority_us: Callable[[], Awaitable[int]],
+        *,
+        every_s: float = REALTIME.sample_every_s,
+    ) -> None:
         self._clock = clock
         self._authority_us = authority_us
+        self._every_s = every_s
 
     async def sample(self) -> bool:
         """Take one sample; False if the authority did not answer or its answer was refused as a step."""
@@ -54,7 +61,7 @@ class ClockSync:
         """Keep the clock in step until cancelled; `observed` gets the estimate's error, in ms."""
         refused = self._clock.steps_refused
         while True:
-            await asyncio.sleep(SAMPLE_EVERY_S)
+            await asyncio.sleep(self._every_s)
             await self.sample()
             observed(abs(self._clock.error_us()) / 1_000)
             if self._clock.steps_refused > refused:

@@ -19,14 +19,12 @@ from engine.domain.cadence import next_tick_at
 from engine.domain.fold import next_due
 from engine.domain.instants import EpochMs
 from engine.metrics import EngineMetrics
+from engine.pace import REALTIME, Pace
 from engine.shard import Shard
 from engine.store.protocol import ShardStore, StoreUnavailableError
 
-LOOK_AGAIN_MS: Final = 1_000
-"""The longest sleep. Lower costs wake-ups, higher lets a lost timer go unnoticed for longer."""
 PASS_MAX: Final = 2_000
 """Auctions handled before the loop yields: about 20 ms of ticks, so sockets and commits are not kept waiting."""
-HEARTBEAT_MS: Final = 1_000
 
 log = structlog.get_logger()
 
@@ -43,6 +41,7 @@ class Scheduler:
         shard_count: int,
         instance: str,
         metrics: EngineMetrics,
+        pace: Pace = REALTIME,
     ) -> None:
         self._clock = clock
         self._store = store
@@ -50,6 +49,7 @@ class Scheduler:
         self._shard_count = shard_count
         self._instance = instance
         self._metrics = metrics
+        self._pace = pace
         self._dues = Agenda()
         self._ticks = Agenda()
         self._wake = asyncio.Event()
@@ -90,7 +90,7 @@ class Scheduler:
     def _next_at(self, now: EpochMs) -> EpochMs:
         due_at, tick_at = self._dues.next_at(), self._ticks.next_at()
         candidates = [at for at in (due_at, tick_at) if at is not None]
-        return EpochMs(min(now + LOOK_AGAIN_MS, self._heartbeat_at, *candidates))
+        return EpochMs(min(now + self._pace.look_again_ms, self._heartbeat_at, *candidates))
 
     def _propose_due(self, now: EpochMs) -> None:
         by_shard: dict[int, list[str]] = {}
@@ -119,7 +119,7 @@ class Scheduler:
             sent_for.append(tick_at)
             self._ticks.set(auction_id, following)
         if now >= self._heartbeat_at:
-            self._heartbeat_at = EpochMs(now + HEARTBEAT_MS)
+            self._heartbeat_at = EpochMs(now + self._pace.heartbeat_ms)
             for number, shard in self._shards.items():
                 lines.setdefault(number, []).append(heartbeat_line(self._instance, shard.epoch, now))
         if lines:
