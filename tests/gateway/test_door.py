@@ -1,15 +1,22 @@
 """Tests for gateway.door: limits, origins, the look at every socket, and farewells."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import orjson
 import pytest
 from websockets.frames import Opcode
 from websockets.http11 import Request
 
+from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from gateway.closing import CloseCode
+from gateway.connection import CLOSE_WITHIN_S
 from gateway.door import GONE_AFTER_MS, LOOK_EVERY_S, OVER_LINGER_S, PING_AFTER_MS
+from gateway.room import Frame, Room
+from tests.fakes.clock import BORN_MS
 from tests.fakes.loop import run
 from tests.gateway.house import AUCTION, House, record
 from tests.gateway.peers import PATH, Peer
@@ -308,6 +315,248 @@ def test_one_timer_serves_a_whole_room() -> None:
         assert {peer.farewell for peer in peers} == {(4000, "the auction is over")}
         assert house.door._farewells == set()
         assert house.sample("auctions_gateway_disconnects_total", code="4000") == 100
+
+    run(house.line, scenario)
+
+
+# Draining.
+
+FAR, NEAR = "far", "near"
+NEAR_ENDS_AT = BORN_MS + 30_000
+COME_BACK = orjson.dumps({"retry_after_ms": 500, "jitter_ms": 3_000}).decode()
+
+
+class Crowd:
+    """Peers who answer what they are sent, as clients do."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.peers: list[Peer] = []
+        house.put(record(FAR, version=1))
+        house.put(record(NEAR, version=1, ends_at=NEAR_ENDS_AT))
+
+    async def comes(self, auction_id: str) -> Peer:
+        """One who watches an auction from now on."""
+        peer = Peer(self.house.door, f"/auctions/{auction_id}/updates").knock()
+        await settled(self.house)
+        assert peer.status == 101
+        self.peers.append(peer)
+        return peer
+
+    async def answers(self) -> None:
+        """Read and answer, until cancelled."""
+        while True:
+            for peer in self.peers:
+                if peer.farewell is not None:
+                    peer.flush()
+            await asyncio.sleep(0.01)
+
+    async def ends(self, auction_id: str, status: Status = Status.ENDED) -> None:
+        """An auction comes to its end, and the gateway reads of it."""
+        self.house.announce("timer.ended", record(auction_id, version=2, status=status, ends_at=NEAR_ENDS_AT))
+        await self.house.read_lane()
+
+
+def types(peer: Peer) -> list[str]:
+    """What a peer was told, by type."""
+    return [orjson.loads(frame.data)["type"] for frame in peer.frames if frame.opcode is Opcode.TEXT]
+
+
+@asynccontextmanager
+async def crowd_of(house: House) -> AsyncIterator[Crowd]:
+    """A crowd that answers."""
+    crowd = Crowd(house)
+    answering = asyncio.create_task(crowd.answers())
+    try:
+        yield crowd
+        assert not answering.done()
+    finally:
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+
+
+@pytest.mark.requirement("B9")
+def test_a_drain_lets_a_last_minute_come_to_its_end() -> None:
+    """Who loses nothing goes at once and is told when to come back; who watches a last minute reads how it ended, and 4000."""
+    house = House()
+
+    async def scenario() -> None:
+        async with crowd_of(house) as crowd:
+            far, near = await crowd.comes(FAR), await crowd.comes(NEAR)
+            draining = asyncio.create_task(house.door.drain(60))
+            await asyncio.sleep(0.05)
+            assert far.farewell == (1001, COME_BACK)
+            await asyncio.sleep(29)
+            assert near.farewell is None
+            await asyncio.sleep(1)
+            await crowd.ends(NEAR)
+            assert not draining.done()
+            async with asyncio.timeout(OVER_LINGER_S + 0.5):
+                await draining
+            assert near.farewell == (4000, "the auction is over")
+            assert (types(far), types(near)) == (["timer.snapshot"], ["timer.snapshot", "timer.ended"])
+            await turns()
+            assert_gone(house, far, near)
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("B9")
+def test_a_drain_has_a_deadline() -> None:
+    """A last minute that does not end in time is left with 1001: a deploy is not held up by an auction that is extended."""
+    house = House()
+
+    async def scenario() -> None:
+        async with crowd_of(house) as crowd:
+            near = await crowd.comes(NEAR)
+            began = asyncio.get_running_loop().time()
+            draining = asyncio.create_task(house.door.drain(10))
+            await asyncio.sleep(9.9)
+            assert near.farewell is None
+            await draining
+            assert asyncio.get_running_loop().time() - began == pytest.approx(10, abs=0.01)
+            assert near.farewell == (1001, COME_BACK)
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("B9")
+@pytest.mark.parametrize(
+    ("update", "changed"),
+    [
+        ("timer.extended", {"ends_at": NEAR_ENDS_AT + 900_000}),
+        ("timer.paused", {"status": Status.PAUSED, "paused_at": EpochMs(BORN_MS), "paused_from": Status.CLOSING}),
+    ],
+)
+def test_a_close_that_moves_away_holds_nobody_back(update: str, changed: dict[str, Any]) -> None:
+    """A bid extends the auction, or somebody pauses it, while a drain waits for its end: its watchers can go now."""
+    house = House()
+
+    async def scenario() -> None:
+        async with crowd_of(house) as crowd:
+            near = await crowd.comes(NEAR)
+            draining = asyncio.create_task(house.door.drain(60))
+            await asyncio.sleep(1)
+            assert near.farewell is None
+            house.announce(update, record(NEAR, version=2, **({"ends_at": NEAR_ENDS_AT} | changed)))
+            await house.read_lane()
+            async with asyncio.timeout(0.5):
+                await draining
+            assert near.farewell == (1001, COME_BACK)
+            assert types(near) == ["timer.snapshot", update]
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("B9")
+def test_a_farewell_that_is_due_comes_before_the_end_of_a_drain() -> None:
+    """An auction that ended just before the drain: its watchers are told 4000, not to come back for nothing."""
+    house = House()
+
+    async def scenario() -> None:
+        async with crowd_of(house) as crowd:
+            near = await crowd.comes(NEAR)
+            await crowd.ends(NEAR, Status.CANCELLED)
+            await house.door.drain(60)
+            assert near.farewell == (4000, "the auction is over")
+
+    run(house.line, scenario)
+
+
+class StreamOf:
+    """Implements `gateway.room.Stream`, in a room until it is closed."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.closed: list[tuple[CloseCode, str]] = []
+        room.streams.add(self)
+
+    def event(self, frame: Frame) -> None:
+        assert not self.closed
+
+    def tick(self, frame: Frame) -> None:
+        assert not self.closed
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        self.closed.append((code, reason))
+        self.room.streams.discard(self)
+
+
+@pytest.mark.requirement("B9")
+def test_a_drain_lets_streams_go_by_the_same_rules() -> None:
+    """Who watches over HTTP is sent away in the same order, with the same codes, once."""
+    house = House()
+
+    async def scenario() -> None:
+        async with crowd_of(house) as crowd:
+            streams = {}
+            for name in (FAR, NEAR):
+                room = await house.hub.room(name)
+                assert room is not None
+                streams[name] = StreamOf(room)
+            draining = asyncio.create_task(house.door.drain(60))
+            await asyncio.sleep(1)
+            assert [code for code, _ in streams[FAR].closed] == [CloseCode.GOING_AWAY]
+            assert streams[NEAR].closed == []
+            await crowd.ends(NEAR)
+            await draining
+            assert streams[NEAR].closed == [(CloseCode.AUCTION_OVER, "the auction is over")]
+            assert len(streams[FAR].closed) == 1
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("B9")
+def test_while_draining_newcomers_are_told_to_come_back() -> None:
+    """A handshake is answered 503 with `Retry-After`; one that was under way is let in, and let go."""
+    house = House()
+
+    async def scenario() -> None:
+        async with crowd_of(house) as crowd:
+            await crowd.comes(NEAR)
+            house.store.before_view.clear()
+            under_way = Peer(house.door, f"/auctions/{FAR}/updates").knock()
+            crowd.peers.append(under_way)
+            draining = asyncio.create_task(house.door.drain(20))
+            await asyncio.sleep(1)
+            late = Peer(house.door, f"/auctions/{NEAR}/updates").knock()
+            assert (late.status, late.problem["error_code"]) == (503, "DRAINING")
+            assert late.response is not None
+            assert late.response.headers["Retry-After"] == "1"
+            house.store.before_view.set()
+            await asyncio.sleep(0.2)
+            assert under_way.farewell == (1001, COME_BACK)
+            await crowd.ends(NEAR)
+            await draining
+
+    run(house.line, scenario)
+
+
+def test_one_that_does_not_answer_its_farewell_delays_a_drain_by_five_seconds_at_most() -> None:
+    """A peer that is gone without a word is cut off, and the drain goes on."""
+    house = House()
+
+    async def scenario() -> None:
+        house.put(record(FAR))
+        mute = Peer(house.door, f"/auctions/{FAR}/updates").knock()
+        await settled(house)
+        async with asyncio.timeout(CLOSE_WITHIN_S + 0.2):
+            await house.door.drain(60)
+        assert mute.transport.aborted
+
+    run(house.line, scenario)
+
+
+def test_a_drain_of_an_empty_gateway_takes_no_time() -> None:
+    """Nobody to wait for: it returns at once, even though an auction is in its last minute."""
+    house = House()
+
+    async def scenario() -> None:
+        house.put(record(NEAR, ends_at=NEAR_ENDS_AT))
+        assert await house.hub.room(NEAR) is not None
+        before = house.line.now_ns
+        await house.door.drain(60)
+        assert house.line.now_ns == before
 
     run(house.line, scenario)
 
