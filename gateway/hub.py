@@ -129,7 +129,7 @@ class Hub:
     async def reload(self, shard: int, cause: str) -> None:
         """The event lane of a shard went back or was lost: read its rooms anew and tell everyone who watches."""
         for key, room in list(self._rooms.items()):
-            if room.shard != shard:
+            if room.shard != shard or self._rooms.get(key) is not room:
                 continue
             if not room.is_watched:
                 del self._rooms[key]
@@ -139,6 +139,8 @@ class Hub:
             except CorruptTimerError:
                 log.exception("timer_unreadable", shard=shard, auction_id=room.auction_id)
                 continue
+            if self._rooms.get(key) is not room:
+                continue  # its last watcher left while we asked, and it was forgotten
             if view.record is None or not view.record.auction.status.is_public:
                 # A failover took the auction's registration back: there is nothing to watch until it is sent again.
                 del self._rooms[key]

@@ -377,7 +377,7 @@ async def crowd_of(house: House) -> AsyncIterator[Crowd]:
 
 @pytest.mark.requirement("B9")
 def test_a_drain_lets_a_last_minute_come_to_its_end() -> None:
-    """Who loses nothing goes at once and is told when to come back; who watches a last minute reads how it ended, and 4000."""
+    """Who loses nothing goes at once and is told when to come back; who watches a last minute reads its end, and 4000."""
     house = House()
 
     async def scenario() -> None:

@@ -11,6 +11,8 @@ from engine.contract.timers import tick_line
 from engine.domain.instants import EpochMs
 from engine.store.link import RedisRefusedError
 from engine.store.protocol import StoreError, StoreUnavailableError
+from gateway import fanout as fanout_module
+from gateway import feeds as feeds_module
 from gateway.feeds import BACKOFF_S, BLOCK_MS, READ_MAX, EventFeed, TickFeed
 from tests.fakes.clock import BORN_MS
 from tests.fakes.loop import run
@@ -218,6 +220,35 @@ async def test_a_start_reads_back_what_came_before_it(kept: int, bound: int, old
         assert snapshot["recovered"] is (seen >= oldest), seen
         if seen >= oldest:
             assert [frame["timer"]["version"] for frame in missed] == list(range(seen + 1, kept + 1))
+
+
+@pytest.mark.requirement("B3")
+def test_events_are_read_no_faster_than_they_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While too many writes are outstanding the lane stays in the store: memory is bounded, and nothing is lost or late."""
+    monkeypatch.setattr(fanout_module, "TURN", 8)
+    monkeypatch.setattr(fanout_module, "OUTSTANDING_MAX", 100)
+    monkeypatch.setattr(feeds_module, "READ_MAX", 5)
+    house = House()
+    watchers = 20
+
+    async def scenario() -> None:
+        house.put(record(version=1))
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        listeners = [await watched(house) for _ in range(watchers)]
+        most = 0
+        async with running(feed.run()):
+            for version in range(2, 202):
+                commit(house, version)
+            while len(listeners[-1].sent) < 200:
+                most = max(most, house.hub.fanout._outstanding)
+                await asyncio.sleep(0)
+        assert 100 < most <= 100 + 5 * watchers
+        for listener in listeners:
+            assert versions(listener) == list(range(2, 202))
+        assert feed.is_fresh
+
+    run(house.line, scenario)
 
 
 def test_a_start_without_a_store_says_so() -> None:

@@ -14,10 +14,12 @@ from engine.contract.timers import CorruptTimerError, heartbeat_line, tick_line
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.protocol import StoreUnavailableError
+from gateway import fanout as fanout_module
 from gateway import hub as hub_module
+from gateway.closing import CloseCode
 from gateway.hub import ANNOUNCE_AT_MS, HEARTBEAT_MS, Hub
 from gateway.ring import Ring
-from gateway.room import Room
+from gateway.room import Frame, Room
 from tests.fakes.clock import BORN_MS
 from tests.gateway.house import AUCTION, ENDS_AT, House, Listener, payload, record, told
 
@@ -421,6 +423,56 @@ async def test_what_came_before_this_process_is_not_recovered() -> None:
     assert (snapshot["recovered"], missed["timer"]["version"]) == (True, 3)
 
 
+@pytest.mark.requirement("B4")
+async def test_more_than_a_client_can_be_sent_at_once_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who missed more than the bound is told so and starts from the snapshot; up to the bound all of it comes."""
+    house = House()
+    house.put(record(version=0))
+    room = await room_in(house)
+    for version in range(1, 6):
+        extended(house, version)
+    await house.read_lane()
+    body = len(house.memory.shards[0].updates[-1].body)
+    monkeypatch.setattr(hub_module, "REPLAY_BYTES_MAX", 3 * body)
+    frames = told(house.hub.greeting(room, "0.2-0"))
+    assert [frame.get("recovered") for frame in frames] == [True, None, None, None]
+    assert [frame["recovered"] for frame in told(house.hub.greeting(room, "0.1-0"))] == [False]
+
+
+@pytest.mark.requirement("B3", "B4")
+async def test_one_who_comes_back_in_the_midst_of_a_fan_out_gets_every_event_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a crowded room events wait in a queue: a resume then, with any cursor, is sent none of them twice and lacks none."""
+    monkeypatch.setattr(fanout_module, "TURN", 8)
+    monkeypatch.setattr(fanout_module, "CHUNK", 3)
+    for moment in range(12):
+        house = House()
+        house.put(record(version=0))
+        room = await room_in(house)
+        crowd = [joined(room) for _ in range(20)]
+        for version in range(1, 4):
+            extended(house, version)
+        await house.read_lane()
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        back: dict[int, Listener] = {}
+        for seen in range(4):
+            greeting = house.hub.greeting(room, f"0.{seen}-0")
+            back[seen] = joined(room)
+            back[seen].sent += [frame.socket for frame in greeting[1:]]
+        for version in range(4, 6):
+            extended(house, version)
+        await house.read_lane()
+        while house.hub.fanout.is_sending(room):
+            await asyncio.sleep(0)
+        for seen, listener in back.items():
+            assert [frame["timer"]["version"] for frame in told(listener.sent)] == list(range(seen + 1, 6)), moment
+        for listener in crowd:
+            assert [frame["timer"]["version"] for frame in told(listener.sent)] == list(range(1, 6)), moment
+        assert house.sample("auctions_gateway_delivery_ms_count", lane="event") == 5
+
+
 # Forgetting.
 
 
@@ -495,6 +547,99 @@ async def test_after_a_lane_that_went_back_everyone_is_told_what_holds() -> None
     assert room.version == 4
     # What was lost was never there: a cursor from behind the place is not recovered.
     assert told(house.hub.greeting(room, "0.1-0"))[0]["recovered"] is False
+
+
+@pytest.mark.requirement("R16", "B4")
+async def test_an_auction_that_a_failover_took_back_sends_its_watchers_away() -> None:
+    """Nothing can be told of an auction that is unknown again: 4102 for everyone, and a fresh look for who comes next."""
+    house = House()
+    house.put(record())
+    room = await room_in(house)
+    quick, slow, reader = joined(room), Listener(), Reader()
+    room.lagging.add(slow)
+    room.streams.add(reader)
+    del house.memory.shards[0].timers[AUCTION]
+    await house.hub.reload(0, "failover")
+    assert quick.closed == slow.closed == reader.closed == [CloseCode.FEED_LOST]
+    assert (quick.sent, slow.kept) == ([], [])
+    assert house.hub.known(AUCTION) is None
+    assert await house.hub.room(AUCTION) is None
+    house.put(record(version=1))
+    assert (await room_in(house)).version == 1
+
+
+class Reader:
+    """Implements `gateway.room.Stream`."""
+
+    def __init__(self) -> None:
+        self.closed: list[CloseCode] = []
+
+    def event(self, frame: Frame) -> None:
+        raise AssertionError("there is no event")
+
+    def tick(self, frame: Frame) -> None:
+        raise AssertionError("there is no tick")
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        self.closed.append(code)
+
+
+@pytest.mark.requirement("R16", "B3")
+async def test_bids_between_our_place_and_what_is_read_anew_are_still_told() -> None:
+    """The view of a reload has seen events that the feed has not read yet: a bid is in no timer, so it must still come."""
+    house = House()
+    for version in range(2, 6):
+        extended(house, version)
+    await house.read_lane()
+    room = await room_in(house)
+    listener = joined(room)
+    house.put(record(version=3, ends_at=ENDS_AT + 3_000))
+    del house.memory.shards[0].updates[2:]
+    house.memory.shards[0].serial = 2
+    house.hub.start_at(0, await house.memory.last_update(0))
+    # Before the reload gets its answer, the new primary commits on.
+    house.announce("bid.accepted", record(version=3, ends_at=ENDS_AT + 3_000), bid_id="b-1")
+    extended(house, 4)
+    await house.hub.reload(0, "failover")
+    assert room.version == 4
+    house.announce("bid.accepted", record(version=4, ends_at=ENDS_AT + 4_000), bid_id="b-2")
+    await house.read_lane()
+    frames = told(listener.sent)
+    assert [(frame["type"], frame.get("bid_id")) for frame in frames] == [
+        ("timer.resynced", None),
+        ("bid.accepted", "b-1"),
+        ("timer.extended", None),
+        ("bid.accepted", "b-2"),
+    ]
+    assert frames[0]["timer"]["version"] == 4
+    assert [frame["cursor"] for frame in frames] == ["0.2-0", "0.3-0", "0.4-0", "0.5-0"]
+    # Who comes back with the cursor of what it was told last gets the rest, once.
+    snapshot, *missed = told(house.hub.greeting(room, "0.3-0"))
+    assert snapshot["recovered"] is True
+    assert [frame["cursor"] for frame in missed] == ["0.4-0", "0.5-0"]
+
+
+async def test_a_room_that_is_forgotten_while_it_is_read_anew_stops_nothing() -> None:
+    """A reload waits for the store between two rooms, and meanwhile others are loaded, forgotten, and loaded again."""
+    house = House()
+    for name in ("a-1", "a-2"):
+        house.put(record(name))
+    first = await room_in(house, "a-1")
+    watcher = joined(first)
+    forgotten = await room_in(house, "a-2")
+    house.store.before_view.clear()
+    reloading = asyncio.ensure_future(house.hub.reload(0, "failover"))
+    while house.store.calls["view"] < 3:
+        await asyncio.sleep(0)
+    # Its watcher leaves, both rooms are forgotten as they are beyond the bound, and one of them is loaded anew.
+    first.writable.clear()
+    house.hub._rooms.clear()
+    house.store.before_view.set()
+    again = await room_in(house, "a-2")
+    await reloading
+    assert again is not forgotten
+    assert house.hub.known("a-2") is again, "what was read after the failover is no worse for it"
+    assert watcher.sent == []
 
 
 async def test_rooms_that_nobody_watches_are_read_anew_when_they_are_wanted() -> None:
