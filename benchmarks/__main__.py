@@ -4,11 +4,26 @@ import argparse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from benchmarks import closing, intake, recovery
+from benchmarks import closing, fanout, fanout_delivery, fanout_storm, intake, recovery
 from benchmarks.harness import run
 
 SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any], dict[str, Any]]] = {
     "closing": (closing.measure, {"auctions": 100}, {"auctions": 10}),
+    "fanout": (
+        fanout.measure,
+        {"sizes": [1_000, 10_000], "rounds": 9, "deliveries": 100_000},
+        {"sizes": [50], "rounds": 2, "deliveries": 200},
+    ),
+    "fanout_delivery": (
+        fanout_delivery.measure,
+        {"sockets": 1_000, "seconds": 30.0, "rounds": 3},
+        {"sockets": 40, "seconds": 0.5, "rounds": 1},
+    ),
+    "fanout_storm": (
+        fanout_storm.measure,
+        {"sockets": 5_000, "seconds": 20.0},
+        {"sockets": 50, "seconds": 2.0},
+    ),
     "intake": (
         intake.measure,
         {"events": 100_000, "rate": 10_000, "seconds": 10.0},

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from auction_timer.embedded import EmbeddedServer, find_server_binary
+from benchmarks.percentiles import percentiles as percentiles
 from engine.clock import AuctionClock, SystemClock
 from engine.clock_sync import ClockSync
 from engine.contract import intake
@@ -65,15 +66,6 @@ def draft(event_id: str, event_type: str, auction_id: str, event: InputEvent) ->
         event_id, event_type, f"{0xAF7651916CD43DD8448EB211C80319C:032x}", f"req-{event_id:0>32}", ANONYMOUS
     )
     return Draft(event_id, intake.encode(IntakeEvent(context, event, auction_id)))
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p99 and max, rounded to a microsecond if these are milliseconds."""
-    ordered = sorted(values)
-    if not ordered:
-        return {}
-    at = [ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.99)]
-    return {"p50": round(at[0], 3), "p99": round(at[1], 3), "max": round(ordered[-1], 3)}
 
 
 def report(name: str, parameters: dict[str, Any], measured: dict[str, Any], *, save: bool) -> dict[str, Any]:

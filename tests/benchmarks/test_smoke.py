@@ -5,16 +5,25 @@ import asyncio
 import pytest
 
 from benchmarks.__main__ import SIZES
+from benchmarks.fanout_delivery import AUCTIONS
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_benchmark_runs_and_counts_right(name: str) -> None:
-    """The smoke size runs to its end, saves nothing, and nothing closed early in it."""
+    """The smoke size runs to its end, saves nothing; nothing closed early in it, and no bid was missed or seen twice."""
     measure, _, smoke = SIZES[name]
     result = asyncio.run(measure(**smoke, save=False))
     assert result["benchmark"] == name
     assert result["measured"]
     if name == "closing":
         assert all(result["measured"][case]["closed_early"] == 0 for case in ("spread", "together"))
+    if name == "fanout_delivery":
+        cases = [result["measured"][topology][case] for topology in AUCTIONS for case in ("all_reading", "some_stuck")]
+        assert [(case["gaps"], case["doubles"], case["readers_closed"]) for case in cases] == [(0, 0, {})] * 4
+    if name == "fanout_storm":
+        for case in ("dropped", "killed"):
+            storm = result["measured"][case]
+            assert (storm["gaps"], storm["doubles"]) == (0, 0)
+            assert sum(storm["recovered"].values()) >= result["parameters"]["sockets"]
