@@ -76,8 +76,9 @@ class LiveStack:
         try:
             self.ready_line = self._lines.get(timeout=DEADLINE_S)
         except Empty:
+            logged = self.logged()
             self.stop()
-            raise AssertionError(f"serve was not ready within {DEADLINE_S} s:\n{self.logged()}") from None
+            raise AssertionError(f"serve was not ready within {DEADLINE_S} s:\n{logged}") from None
         assert self.ready_line.startswith("ready "), self.logged()
         self.url = self.ready_line.removeprefix("ready ").strip()
         self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=10)

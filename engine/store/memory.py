@@ -250,8 +250,9 @@ class MemoryStore:
                 memory.audit.append(dict(fields))
             case Announce(update_type, auction_id, version, body):
                 memory.updates.append(UpdateEntry(memory.next_id(), update_type, auction_id, version, body))
-            case BindOffer(offer_id, value, _forget):
-                memory.offers[offer_id] = value
+            case BindOffer(offer_id, value, forget):
+                if not forget or memory.offers.get(offer_id, value) == value:
+                    memory.offers[offer_id] = value
             case Reply() | KeepOutcome() | Park() | Unpark() | Requeue():
                 self._apply_command(memory, operation, at)
 

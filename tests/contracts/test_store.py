@@ -387,6 +387,15 @@ async def test_offers_come_in_the_order_asked_for(bench: Bench) -> None:
     assert await bench.store.offers(1, ["o-2"]) == [None]
 
 
+@pytest.mark.requirement("R20")
+async def test_what_is_kept_for_the_retention_takes_no_offer_from_another(bench: Bench) -> None:
+    """An auction that closes keeps its own offer for a while, and leaves alone one that was put up again since."""
+    await commit(bench, BindOffer("o-1", "auction a", forget=False), BindOffer("o-2", "auction a", forget=False))
+    await commit(bench, BindOffer("o-2", "auction b", forget=False))
+    await commit(bench, *[BindOffer(offer_id, "auction a", forget=True) for offer_id in ("o-1", "o-2", "o-3")])
+    assert await bench.store.offers(0, ["o-1", "o-2", "o-3"]) == ["auction a", "auction b", "auction a"]
+
+
 async def test_parked_commands_are_counted(bench: Bench) -> None:
     """Each command counts once, however often it is parked."""
     assert await bench.store.parked(0) == 0

@@ -121,9 +121,14 @@ while arg <= count do
     redis.call('SET', KEYS[tonumber(ARGV[a])], ARGV[a + 1], 'PX', seen_ms)
   elseif op == 'O' then
     local key = KEYS[tonumber(ARGV[a])]
-    redis.call('SET', key, ARGV[a + 1])
-    if ARGV[a + 2] == '1' then
-      redis.call('PEXPIRE', key, retention)
+    if ARGV[a + 2] ~= '1' then
+      redis.call('SET', key, ARGV[a + 1])
+    else
+      -- Put up again, the offer belongs to a later auction: an earlier one that closes must not take it back.
+      local held = redis.call('GET', key)
+      if not held or held == ARGV[a + 1] then
+        redis.call('SET', key, ARGV[a + 1], 'PX', retention)
+      end
     end
   end
   arg = z + 1
