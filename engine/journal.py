@@ -5,7 +5,7 @@ be applied; it hands back one `Batch`, and the auctions as they will stand once 
 installed in memory before the store has said so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Final
@@ -19,16 +19,19 @@ from engine.contract.intake import (
     TEXT_CHARS_MAX,
     Actor,
     Context,
+    Correct,
     Discard,
     EventType,
     IntakeEvent,
+    Resync,
     Retry,
     SchemaError,
     decode,
 )
 from engine.contract.offers import BOUND_TO_AUCTION, CANCELLED_BEFORE_START, auction_bound_in
-from engine.contract.timers import CorruptTimerError, TimerRecord, moving_fields, timer, to_fields
+from engine.contract.timers import CorruptTimerError, TimerRecord, from_fields, moving_fields, timer, to_fields
 from engine.domain.auction import Auction
+from engine.domain.correction import correct, true_one
 from engine.domain.decide import Decision, Fact
 from engine.domain.events import Bid, Cancel, InputEvent, Register, Withdraw
 from engine.domain.fold import elapse, fold
@@ -39,6 +42,7 @@ from engine.store.protocol import (
     Announce,
     Batch,
     BindOffer,
+    Displace,
     Entry,
     KeepOutcome,
     Operation,
@@ -80,6 +84,7 @@ class Journal:
         offers: what the offer ids that the entries name are bound to.
         parked: the commands in troubleshooting that operators' commands are about, as they were parked.
         unreadable: auctions whose hash was damaged; events for them wait in troubleshooting.
+        edited: auctions whose hash was changed behind our back: they are written whole, whatever version it has now.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class Journal:
         *,
         parked: Mapping[str, bytes] | None = None,
         unreadable: Mapping[str, CorruptTimerError] | None = None,
+        edited: Collection[str] = (),
         now: EpochMs,
         commit_id: str,
     ) -> None:
@@ -105,8 +111,10 @@ class Journal:
         self._timers = timers
         self._offers = dict(offers)
         self._parked = dict(parked or {})
-        self._unreadable = unreadable or {}
-        self._registered: set[str] = set()
+        self._unreadable = dict(unreadable or {})
+        self._whole: set[str] = set(edited)
+        """The auctions of which every field is written."""
+        self._edited = frozenset(edited)
         self._batch = Batch(
             shard, epoch, commit_id, now, after=head, intake=head.intake, chain=head.chain
         )  # fmt: skip
@@ -115,7 +123,7 @@ class Journal:
         """The batch: the operations in the order in which they were decided, then each changed auction once."""
         operations = self._batch.operations
         for auction_id, record in self.after.items():
-            fields = to_fields(record) if auction_id in self._registered else moving_fields(record.auction)
+            fields = to_fields(record) if auction_id in self._whole else moving_fields(record.auction)
             operations.append(PutTimer(auction_id, fields))
             operations.append(_place(record.auction))
             offer_id = record.auction.registration.offer.offer_id if record.auction.registration else None
@@ -140,6 +148,12 @@ class Journal:
         if isinstance(event.event, Retry | Discard):
             self._operate(event.event, context, entry)
             return
+        if isinstance(event.event, Resync):
+            self._announce_resync(event.auction_id or "", event.event, context, entry.at)
+            return
+        if isinstance(event.event, Correct):
+            self._correct(event.auction_id or "", event.event, context, entry)
+            return
         auction_id = event.auction_id or self._auction_of(event.offer_id or "")
         if auction_id is None:
             self._remember_cancellation(event, entry)
@@ -160,6 +174,39 @@ class Journal:
                 self._answer(decision, context, event, entry)
         if isinstance(event, Register):
             self._bind_offer(event, auction_id)
+
+    # Corrections: what the reconciler found is brought back to what the log says.
+
+    def _correct(self, auction_id: str, order: Correct, context: Context, entry: Entry) -> None:
+        assert entry.at is not None
+        try:
+            said = from_fields(order.fields)
+        except CorruptTimerError as error:
+            self._park_poison(entry, SchemaError(f"detail.fields: {error}"))
+            return
+        held = self.after.get(auction_id) or self._timers.get(auction_id)
+        auction = true_one(held and held.auction, said and said.auction)
+        if auction is None or auction.version == 0:
+            if order.unknown:
+                self._batch.operations.append(Displace(auction_id))
+            return
+        # Whatever version the hash has now, it was not written by a commit: this one does not depend on it.
+        self._batch.versions.pop(auction_id, None)
+        self._unreadable.pop(auction_id, None)
+        self._whole.add(auction_id)
+        ids = held or said
+        assert ids is not None
+        self.after[auction_id] = replace(ids, auction=auction)
+        decision = correct(
+            auction,
+            entry.at,
+            cause=order.cause,
+            found_version=order.found_version,
+            found_ends_at=order.found_ends_at,
+        )
+        self._write(decision, context, entry.stream_id)
+        for decision in elapse(decision.after, entry.at):
+            self._write(decision, None, entry.stream_id)
 
     # Offers: a cancellation may name an offer whose auction is not known yet (requirement R19).
 
@@ -226,13 +273,13 @@ class Journal:
         standing = self._record(auction_id)
         if decision.fact is Fact.REGISTERED or decision.fact is Fact.TOMBSTONED:
             assert context is not None
-            self._registered.add(auction_id)
+            self._whole.add(auction_id)
             standing = TimerRecord(standing.auction, context.trace_id, context.correlation_id)
         record = TimerRecord(decision.after, standing.trace_id, standing.correlation_id)
         if context is None:
             batch.due_at = decision.at if batch.due_at is None else EpochMs(max(batch.due_at, decision.at))
         if decision.changed:
-            if auction_id not in self.after:
+            if auction_id not in self.after and auction_id not in self._edited:
                 batch.versions[auction_id] = decision.before.version
             self.after[auction_id] = record
         trace_id = context.trace_id if context else record.trace_id
@@ -262,6 +309,11 @@ class Journal:
 
     def _announce(self, update: frames.Update) -> None:
         self._batch.operations.append(Announce(update.type, update.auction_id, update.version, update.body))
+
+    def _announce_resync(self, auction_id: str, resync: Resync, context: Context, at: EpochMs) -> None:
+        record = self._record(auction_id)
+        if record.auction.status.is_public:
+            self._announce(frames.resynced(record, resync, at=at, context=context, now=self.now))
 
     # Answering.
 

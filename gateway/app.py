@@ -44,8 +44,10 @@ from gateway.ops_routes import OpsRoutes
 from gateway.origins import OriginRule
 from gateway.problems import Problem, ProblemType, problem_response
 from gateway.readiness import Readiness
+from gateway.resyncs import Resyncs
 from gateway.routes import Api
 from gateway.stale import StaleTicks
+from gateway.sync_routes import SyncRoutes
 from gateway.tokens import Authenticate, Tokens, tokens_of
 
 CALL_DEADLINE_MS: Final = 3_000
@@ -119,6 +121,8 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     tokens = tokens_of(settings, auction_clock)
     door = Door(hub, settings, clock, metrics, tokens)
     readiness = Readiness(auction_clock, hub, feed, settings.shards, tokens.keys if tokens is not None else None)
+    resyncs = Resyncs(door, store)
+    door.on_drift = resyncs.report
     api = Api(hub, store, store, settings.shards, readiness, registry)
     auctions = CommandRoutes(hub, commands, store, settings.shards)
     offers = OfferRoutes(auctions, commands, store, settings.shards, settings.offer_modification_window_minutes)
@@ -137,6 +141,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         routes=[
             *api.routes(),
             *EventStreamRoutes(door).routes(),
+            *SyncRoutes(hub, resyncs, metrics).routes(),
             *auctions.routes(),
             *audit.routes(),
             *offers.routes(),
@@ -275,6 +280,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
         lifespan="on",
         loop="none",
         log_config=None,
+        log_level="error",  # a stranger's bad request is answered; a line for each would let strangers fill the disk
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from engine.contract.cursors import Cursor
 from engine.contract.intake import AUCTION_ID, Actor, EventType
 from engine.contract.keys import shard_of
-from engine.contract.timers import TimerRecord, as_of
+from engine.contract.timers import CorruptTimerError, TimerRecord, as_of
 from engine.domain.auction import Offer
 from engine.domain.events import Cancel, InputEvent, Pause, Resume
 from engine.store.protocol import StoreError, ViewStore
@@ -24,6 +24,7 @@ from gateway.commands import COMMAND_ID_PREFIX, RETRY_AFTER_S, Commands, shard_i
 from gateway.events import ActorInput, Reason, trace_id_of
 from gateway.hub import Hub
 from gateway.problems import Problem, ProblemType
+from gateway.room import Room
 
 COMMAND_ID_CHARS_MAX: Final = 1_024
 REFUSALS: Final = frozenset(problem.error_code for problem in ProblemType)
@@ -211,6 +212,25 @@ def refuse(answer: dict[str, Any]) -> None:
     extra = {name: answer[name] for name in names if name in answer}
     problem_type = ProblemType[code] if code in REFUSALS else ProblemType.IN_TROUBLESHOOTING
     raise Problem(problem_type, answer.get("error", "refused"), extra=extra)
+
+
+async def room_of(hub: Hub, auction_id: str) -> Room:
+    """The room of an auction that somebody asks for.
+
+    Raises:
+        Problem: `RESOURCE_NOT_FOUND`, `DEPENDENCY_UNAVAILABLE`, or `INTERNAL_ERROR` for a damaged one.
+    """
+    room = None
+    if AUCTION_ID.fullmatch(auction_id):
+        try:
+            room = await hub.room(auction_id)
+        except StoreError:
+            raise away() from None
+        except CorruptTimerError:
+            raise Problem(ProblemType.INTERNAL_ERROR, "what is stored of this auction cannot be read") from None
+    if room is None:
+        raise unknown_auction(auction_id)
+    return room
 
 
 def unknown_auction(auction_id: str) -> Problem:

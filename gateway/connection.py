@@ -323,6 +323,7 @@ class Connection(asyncio.Protocol):
             return
         if sync.get("drift_ms") is not None:
             self.door.metrics.drift_ms["client"].observe(abs(sync["drift_ms"]))
+            self.door.on_drift(room, sync["drift_ms"], sync.get("rtt_ms"), self.principal)
         self._say(room, {"type": "sync", "t0": sync["t0"], "t1": received_at, "t2": self.door.hub.clock.now_ms()})
 
     def _complain(self, room: Room, fault: str) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 import orjson
@@ -19,15 +19,18 @@ from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.settings import Settings
 from gateway.admission import Admission, retry_after
+from gateway.auth import Principal
 from gateway.closing import CloseCode
 from gateway.connection import Connection
-from gateway.event_stream import EventStream
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
 from gateway.origins import OriginRule
 from gateway.problems import Problem, ProblemType
 from gateway.room import Room
 from gateway.tokens import Tokens
+
+if TYPE_CHECKING:
+    from gateway.event_stream import EventStream
 
 OVER_LINGER_S: Final = 1.0
 """From the last event to the farewell 4000: time for the frame to be seen, well within the promised 5 s."""
@@ -62,6 +65,8 @@ class Door:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._farewells: set[Room] = set()
         self.draining = False
+        self.on_drift: Callable[[Room, float, float | None, Principal], None] = lambda *_reported: None
+        """Told what a socket reports of its clock: room, drift and round trip in ms, who."""
         hub.on_over = self.on_over
 
     def now_ns(self) -> int:
@@ -88,13 +93,13 @@ class Door:
         self._connections.discard(connection)
         self._count(connection.address, -1)
 
-    def stream_opened(self, stream: EventStream) -> None:
+    def stream_opened(self, stream: "EventStream") -> None:
         """A request wants to become an event stream. It counts as a socket does, and no longer as a plain connection."""
         self.admission.left(stream.address)
         self._streams.add(stream)
         self._count(stream.address, 1)
 
-    def stream_closed(self, stream: EventStream) -> None:
+    def stream_closed(self, stream: "EventStream") -> None:
         """An event stream is over, or never began."""
         stream.leave()
         self._streams.discard(stream)
@@ -111,7 +116,7 @@ class Door:
     def _watchers(self) -> int:
         return len(self._connections) + len(self._streams)
 
-    def refuse(self, connection: Connection | EventStream, request: Request) -> Problem | None:
+    def refuse(self, connection: "Connection | EventStream", request: Request) -> Problem | None:
         """Why a handshake is refused; None if it is not."""
         settings = self._settings
         if self.draining:

@@ -34,14 +34,10 @@ from starlette.types import Message, Receive, Scope, Send
 from websockets.datastructures import Headers
 from websockets.http11 import Request as Handshake
 
-from engine.contract.intake import AUCTION_ID
-from engine.contract.timers import CorruptTimerError
 from engine.domain.instants import SECOND_MS
-from engine.store.protocol import StoreError
 from gateway.auth import Principal, principal_of
 from gateway.closing import CloseCode
-from gateway.command_routes import away, unknown_auction
-from gateway.problems import Problem, ProblemType
+from gateway.command_routes import room_of
 from gateway.room import Frame, Room
 
 if TYPE_CHECKING:
@@ -264,7 +260,7 @@ class EventStreamRoutes:
         refused = door.refuse(stream, _handshake(request))
         if refused is not None:
             raise refused
-        room = await self._room(request.path_params["auction_id"])
+        room = await room_of(door.hub, request.path_params["auction_id"])
         if request.method == "HEAD":
             return Response(headers=HEADERS)
         # The header first: a browser that comes back sends it, and the `since` of its first address still.
@@ -276,21 +272,6 @@ class EventStreamRoutes:
             door.on_over(room)
         stream.enter(room, greeting_text(frames, random.randint(*RETRY_MS)))  # noqa: S311 - spreads load, protects nothing
         return EventStreamResponse(door, stream)
-
-    async def _room(self, auction_id: str) -> Room:
-        room = None
-        if AUCTION_ID.fullmatch(auction_id):
-            try:
-                room = await self.door.hub.room(auction_id)
-            except StoreError:
-                raise away() from None
-            except CorruptTimerError:
-                raise Problem(
-                    ProblemType.INTERNAL_ERROR, "what is stored of this auction cannot be read"
-                ) from None  # fmt: skip
-        if room is None:
-            raise unknown_auction(auction_id)
-        return room
 
 
 def _handshake(request: Request) -> Handshake:

@@ -30,6 +30,10 @@ class GatewayMetrics:
         """Count a socket handshake."""
         self._made.counter(catalogue.HANDSHAKES, outcome).inc()
 
+    def resync(self, outcome: str) -> None:
+        """Count a drift that a client reported."""
+        self._made.counter(catalogue.RESYNCS, outcome).inc()
+
     def disconnect(self, code: int) -> None:
         """Count a socket that the gateway closed."""
         self._made.counter(catalogue.DISCONNECTS, str(code)).inc()

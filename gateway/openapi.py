@@ -7,7 +7,7 @@ from engine.domain.lifecycle import Status
 from gateway.events import event_schemas
 from gateway.openapi_commands import command_paths, command_schemas
 from gateway.openapi_parts import AUCTION_ID, DURATION, INSTANT, JSON, answer, problems, query, ref
-from gateway.openapi_watching import watch_paths
+from gateway.openapi_watching import watch_paths, watch_schemas
 from gateway.problems import ProblemType
 from gateway.queries import LIMIT_MAX
 from gateway.tokens import OPEN_PATHS
@@ -151,8 +151,15 @@ def _paths() -> dict[str, Any]:
                 "parameters": [AUCTION_ID],
                 "responses": {
                     "200": answer("The timer", timer_with_poll),
-                    "304": answer("Unchanged since the version in `If-None-Match`", None),
-                    **problems(ProblemType.RESOURCE_NOT_FOUND, ProblemType.DEPENDENCY_UNAVAILABLE),
+                    "304": answer(
+                        "Unchanged since the version in `If-None-Match`; the header `Next-Poll-Ms` says when to ask again",
+                        None,
+                    ),
+                    **problems(
+                        ProblemType.RESOURCE_NOT_FOUND,
+                        ProblemType.INTERNAL_ERROR,
+                        ProblemType.DEPENDENCY_UNAVAILABLE,
+                    ),
                 },
             }
         },
@@ -228,6 +235,7 @@ def document(version: str) -> dict[str, Any]:
             "securitySchemes": {"bearer": _BEARER},
             "schemas": event_schemas()
             | command_schemas()
+            | watch_schemas()
             | {"Timer": TIMER, "Problem": _PROBLEM, "EventResults": _RESULTS},
         },
     }

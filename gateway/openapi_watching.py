@@ -1,9 +1,27 @@
 """The part of `/openapi.json` about watching an auction: its event stream, clock sync, and where the frames are described."""
 
-from typing import Any
+from typing import Any, Final
 
-from gateway.openapi_parts import AUCTION_ID, answer, problems, query
+from gateway.openapi_parts import AUCTION_ID, INSTANT, answer, body, problems, query, ref
 from gateway.problems import ProblemType
+from gateway.sync_routes import SyncBody
+
+_SYNCED: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": "Offset of the client: ((t1 - t0) + (t2 - t3)) / 2, where t3 is its clock when this arrives",
+    "properties": {
+        "t0": {"type": "number", "description": "as it was sent"},
+        "t1": INSTANT | {"description": "when the request was received, ms since the Unix epoch"},
+        "t2": INSTANT | {"description": "when this was sent, ms since the Unix epoch"},
+        "timer": ref("Timer"),
+    },
+    "required": ["t0", "t1", "t2", "timer"],
+}
+
+
+def watch_schemas() -> dict[str, Any]:
+    """JSON schemas by name."""
+    return {"SyncBody": SyncBody.model_json_schema(), "Synced": _SYNCED}
 
 
 def watch_paths() -> dict[str, Any]:
@@ -38,6 +56,25 @@ def watch_paths() -> dict[str, Any]:
                         ProblemType.DRAINING,
                         ProblemType.DEPENDENCY_UNAVAILABLE,
                         ProblemType.INTERNAL_ERROR,
+                    ),
+                },
+            }
+        },
+        "/timers/sync": {
+            "post": {
+                "operationId": "syncClock",
+                "summary": "The time by the auction clock, for a client whose drift is over 500 ms and that has no socket",
+                "requestBody": body(ref("SyncBody")),
+                "responses": {
+                    "200": answer("When it was received and sent, and the timer", ref("Synced")),
+                    **problems(
+                        ProblemType.MALFORMED_JSON,
+                        ProblemType.FOREIGN_ORIGIN,
+                        ProblemType.RESOURCE_NOT_FOUND,
+                        ProblemType.PAYLOAD_TOO_LARGE,
+                        ProblemType.INVALID_BODY,
+                        ProblemType.INTERNAL_ERROR,
+                        ProblemType.DEPENDENCY_UNAVAILABLE,
                     ),
                 },
             }

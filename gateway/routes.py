@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.contract import intake
-from engine.contract.intake import AUCTION_ID, IntakeEvent
+from engine.contract.intake import IntakeEvent
 from engine.contract.keys import shard_of
 from engine.contract.timers import timer
 from engine.domain.cadence import tick_step_ms
@@ -23,7 +23,7 @@ from engine.domain.policy import TICK_INTERVAL_MS_MAX
 from engine.store.protocol import Appended, Draft, Intake, IntakeFullError, StoreError, StoreUnavailableError, ViewStore
 from gateway.auth import Scope, require
 from gateway.bodies import bounded_body
-from gateway.command_routes import json_response
+from gateway.command_routes import json_response, room_of
 from gateway.events import parse_events
 from gateway.hub import Hub
 from gateway.listing import Place, list_auctions
@@ -35,6 +35,7 @@ from gateway.readiness import Readiness
 
 VERSION: Final = version("auction-timer")
 RETRY_AFTER_S: Final = "1"
+NEXT_POLL: Final = "Next-Poll-Ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +119,15 @@ class Api:
 
     async def get_timer(self, request: Request) -> Response:
         """The countdown of one auction."""
-        auction_id = request.path_params["auction_id"]
-        room = None
-        if AUCTION_ID.fullmatch(auction_id):
-            try:
-                room = await self.hub.room(auction_id)
-            except StoreUnavailableError:
-                raise unavailable("the auction cannot be read now") from None
-        if room is None:
-            raise Problem(ProblemType.RESOURCE_NOT_FOUND, f"no auction {auction_id[:128]}")
-        etag = f'"{room.version}"'
-        headers = {"ETag": etag, "Cache-Control": "no-cache"}
-        if _matches(request.headers.get("if-none-match"), etag):
-            return Response(status_code=304, headers=headers)
+        room = await room_of(self.hub, request.path_params["auction_id"])
         view = self.hub.timer(room)
-        return json_response(view | {"next_poll_ms": next_poll_ms(view)}, headers=headers)
+        again_ms = next_poll_ms(view)
+        etag = f'"{room.version}"'
+        # A 304 has no body to say it in, and most answers to a poller are one.
+        headers = {"ETag": etag, "Cache-Control": "no-cache", NEXT_POLL: str(again_ms)}
+        if not view["stale"] and _matches(request.headers.get("if-none-match"), etag):
+            return Response(status_code=304, headers=headers)
+        return json_response(view | {"next_poll_ms": again_ms}, headers=headers)
 
     async def list_auctions(self, request: Request) -> Response:
         """A page of auctions, next to close first."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import orjson
 
-from engine.contract.intake import Actor
+from engine.contract.intake import Actor, Context, Resync
 from engine.contract.timers import TimerRecord, timer
 from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
@@ -29,6 +29,7 @@ OVER: Final = frozenset({TIMER_ENDED, TIMER_CANCELLED})
 """After one of these nothing more will come: the socket is closed with 4000."""
 
 ANALYTICS_STARTED: Final = "auction_timer_started"
+ANALYTICS_RESYNCED: Final = "auction_timer_resynced"
 
 OFFER_CANCELLED: Final = "offers.cancelled"
 OFFER_CANCELLATION_COMPLETED: Final = "offers.cancellation.completed"
@@ -127,6 +128,21 @@ def blocked(
         "support_reference": support_reference,
     }
     return _update(OFFER_CANCELLATION_BLOCKED, record, body | _offer(record, actor))
+
+
+def resynced(record: TimerRecord, resync: Resync, *, at: EpochMs, context: Context, now: EpochMs) -> Update:
+    """The announcement that a client's clock was put right (requirement R14). It is for the outbound bus, not for sockets."""
+    body = {
+        "auction_id": record.auction.auction_id,
+        "server_time": now,
+        "trace_id": context.trace_id,
+        "correlation_id": context.correlation_id,
+        "occurred_at": at,
+        "drift_ms": resync.drift_ms,
+        "rtt_ms": resync.rtt_ms,
+        "actor": {"type": context.actor.type, "id": context.actor.id},
+    }
+    return _update(ANALYTICS_RESYNCED, record, body)
 
 
 def _offer(record: TimerRecord, actor: Actor) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class CommandType(StrEnum):
     OFFER_CANCEL_REQUESTED = "offers.cancel.requested"
     RETRY_REQUESTED = "troubleshooting.retry.requested"
     DISCARD_REQUESTED = "troubleshooting.cancel.requested"
+    RESYNC_REPORTED = "timers.resync.reported"
 
 
 class SchemaError(ValueError):
@@ -95,6 +96,21 @@ class Discard:
 
 
 @dataclass(frozen=True, slots=True)
+class Resync:
+    """A client's clock was far off and has been put right (requirements R8, R14). It changes nothing and is announced only.
+
+    `drift_ms` is how far it was ahead (negative: behind), `rtt_ms` the round trip by which that was measured.
+    """
+
+    drift_ms: int
+    rtt_ms: int | None = None
+
+
+Request = Retry | Discard | Resync
+"""What gateways ask of a shard and the domain knows nothing of."""
+
+
+@dataclass(frozen=True, slots=True)
 class IntakeEvent:
     """A readable input event.
 
@@ -102,7 +118,7 @@ class IntakeEvent:
     """
 
     context: Context
-    event: InputEvent | Retry | Discard
+    event: InputEvent | Request
     auction_id: str | None
     offer_id: str | None = None
 
@@ -124,7 +140,7 @@ def encode(event: IntakeEvent) -> bytes:
     return orjson.dumps(body)
 
 
-def _detail(event: InputEvent | Retry | Discard) -> object:
+def _detail(event: InputEvent | Request) -> object:
     if isinstance(event, Register):
         registration = event.registration
         return {
@@ -328,7 +344,7 @@ def _withdraw(_auction_id: str, detail: _Fields) -> Withdraw:
 
 
 _ABOUT_A_COMMAND: Final = frozenset({CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED})
-_BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Retry | Discard]]] = {
+_BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Request]]] = {
     EventType.AUCTION_STARTED: _register,
     EventType.BID_ACCEPTED: _bid,
     EventType.OFFER_CANCELLED: lambda _id, detail: Cancel(detail.reason("reason")),
@@ -341,4 +357,7 @@ _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Retry | Discard]]]
     CommandType.OFFER_CANCEL_REQUESTED: _withdraw,
     CommandType.RETRY_REQUESTED: lambda _id, detail: Retry(detail.text("command_id"), detail.text_or_none("reason")),
     CommandType.DISCARD_REQUESTED: lambda _id, detail: Discard(detail.text("command_id"), detail.reason("reason")),
+    CommandType.RESYNC_REPORTED: lambda _id, detail: Resync(
+        detail.integer("drift_ms"), detail.integer_or_none("rtt_ms")
+    ),
 }

@@ -162,6 +162,14 @@ RESUMES: Final = Metric(
     "Many `false`: clients stay away longer than the event lane is kept.",
     labels=("recovered",),
 )
+RESYNCS: Final = Metric(
+    "auctions_gateway_client_resyncs_total",
+    Kind.COUNTER,
+    "Drifts that clients reported, by what became of them: `small` is under the threshold of 500 ms; above it a report is "
+    "`announced` as auction_timer_resynced, `limited` if too many came at once, or `lost` if Redis did not take it.",
+    "Many above the threshold: look at auctions_timer_drift_ms of engine and gateway; if those are fine, it is the clients.",
+    labels=("outcome",),
+)
 ARCHIVE_LAG: Final = Metric(
     "auctions_audit_archive_lag_events",
     Kind.GAUGE,
@@ -197,6 +205,6 @@ ENGINE: Final = (
     TICK_DELAY, CLOSE_LATENESS, EARLY_CLOSES, DRIFT, ACTIVE, EXTENSIONS, TRIGGER_LAG, INTAKE_LAG, APPLIED,
     COMMIT_CONFLICTS, STORE_RETRIES, PARKED, OFFER_CANCELLATIONS, OFFER_CANCELLATION_SUCCESS,
 )  # fmt: skip
-GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, DRIFT)
+GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, RESYNCS, DRIFT)
 RECONCILER: Final = (ARCHIVE_LAG, ARCHIVE_REFUSED, WEBHOOK_DELIVERIES, WEBHOOK_LAG)
 CATALOGUE: Final = (*ENGINE, *(metric for metric in GATEWAY if metric not in ENGINE), *RECONCILER)

@@ -43,6 +43,7 @@ from tests.fakes.events import (
     poison,
     reschedule,
     resume,
+    resync,
     retry,
     start,
     withdraw,
@@ -464,6 +465,37 @@ def test_an_operators_command_spelled_out() -> None:
         assert drafted.batch.due_at is None
         assert drafted.batch.intake == "5-0"
         assert verify([record.fields for record in drafted.operations(Record)], HEAD.chain) is None
+
+
+@pytest.mark.requirement("R8", "R14")
+def test_a_clock_that_was_put_right_is_announced_and_changes_nothing() -> None:
+    """One announcement with the drift and both ids; no record, no change of any auction, no answer; the cursor moves on."""
+    auction, instant = IN_STATUS[Status.ACTIVE]
+    drafted = Drafted(auction).apply(resync(auction.auction_id, "resync-1", -740), instant)
+    (announced,) = drafted.operations()
+    assert isinstance(announced, Announce)
+    assert (announced.type, announced.version) == ("auction_timer_resynced", auction.version)
+    assert orjson.loads(announced.body) == {
+        "type": "auction_timer_resynced",
+        "auction_id": auction.auction_id,
+        "server_time": NOW,
+        "trace_id": "trace-resync-1",
+        "correlation_id": "req-resync-1",
+        "occurred_at": instant,
+        "drift_ms": -740,
+        "rtt_ms": 38,
+        "actor": {"type": "maker", "id": "m-1"},
+    }
+    assert (drafted.batch.intake, drafted.batch.versions, drafted.journal.after) == ("5-0", {}, {})
+
+
+@pytest.mark.requirement("R14")
+@pytest.mark.parametrize("status", [Status.UNREGISTERED, Status.TOMBSTONE])
+def test_a_clock_report_for_what_is_not_public_is_dropped(status: Status) -> None:
+    """It is no command that a person has to look at: nothing is announced or parked, and the cursor moves on."""
+    drafted = Drafted(IN_STATUS[status][0]).apply(resync(IN_STATUS[status][0].auction_id, "resync-1"), T0)
+    assert drafted.operations() == []
+    assert drafted.batch.intake == "5-0"
 
 
 def test_an_event_for_a_damaged_timer_is_kept_for_whoever_asks() -> None:

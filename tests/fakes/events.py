@@ -2,7 +2,18 @@
 
 from typing import Any
 
-from engine.contract.intake import Actor, CommandType, Context, Discard, EventType, IntakeEvent, Retry, encode
+from engine.contract.intake import (
+    Actor,
+    CommandType,
+    Context,
+    Discard,
+    EventType,
+    IntakeEvent,
+    Request,
+    Resync,
+    Retry,
+    encode,
+)
 from engine.domain.auction import Offer, Registration
 from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.instants import EpochMs
@@ -18,7 +29,7 @@ OPERATOR = Actor("operator", "op-1")
 def draft(
     event_id: str,
     event_type: EventType | CommandType,
-    event: InputEvent | Retry | Discard,
+    event: InputEvent | Request,
     auction_id: str | None,
     *,
     offer_id: str | None = None,
@@ -109,6 +120,11 @@ def discard(command_id: str, event_id: str, **context: Any) -> Draft:
     """`troubleshooting.cancel.requested`."""
     event = Discard(command_id, "of no use")
     return draft(event_id, CommandType.DISCARD_REQUESTED, event, None, **{"actor": OPERATOR} | context)
+
+
+def resync(auction_id: str, event_id: str, drift_ms: int = 740, **context: Any) -> Draft:
+    """`timers.resync.reported`."""
+    return draft(event_id, CommandType.RESYNC_REPORTED, Resync(drift_ms, 38), auction_id, **context)
 
 
 def poison(event_id: str, body: bytes = b"{not json") -> Draft:

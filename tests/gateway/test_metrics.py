@@ -23,6 +23,7 @@ def test_everything_the_gateway_counts_is_in_the_exposition() -> None:
     metrics.conflated_ticks.inc()
     metrics.handshake("accepted")
     metrics.disconnect(4000)
+    metrics.resync("small")
     metrics.delivery_ms[TICK_LANE].observe(4)
     metrics.delivery_ms[EVENT_LANE].observe(5)
     metrics.resumes[True].inc()
@@ -35,6 +36,7 @@ def test_everything_the_gateway_counts_is_in_the_exposition() -> None:
         "auctions_gateway_conflated_ticks_total 1.0",
         'auctions_gateway_handshakes_total{outcome="accepted"} 1.0',
         'auctions_gateway_disconnects_total{code="4000"} 1.0',
+        'auctions_gateway_client_resyncs_total{outcome="small"} 1.0',
         'auctions_gateway_delivery_ms_sum{lane="tick"} 4.0',
         'auctions_gateway_delivery_ms_sum{lane="event"} 5.0',
         'auctions_gateway_resumes_total{recovered="true"} 1.0',

@@ -286,6 +286,7 @@ async def test_an_unchanged_timer_is_304(header: str, status: int) -> None:
         made.put(record(version=4))
         answer = await made.http.get(f"/auctions/{AUCTION}/timer", headers={"If-None-Match": header})
         assert (answer.status_code, answer.headers["etag"]) == (status, '"4"')
+        assert (answer.headers["next-poll-ms"], answer.headers["cache-control"]) == ("15000", "no-cache")
         assert (answer.content == b"") is (status == 304)
 
 
@@ -307,7 +308,7 @@ async def test_without_its_store_a_known_timer_is_stale_and_an_unknown_one_503()
         assert (await made.http.get(f"/auctions/{AUCTION}/timer")).json()["stale"] is False
         made.store.failing |= {name: StoreUnavailableError("away") for name in ("view", "follow", "page")}
         made.line.advance(SILENCE_MAX_MS)
-        answer = await made.http.get(f"/auctions/{AUCTION}/timer")
+        answer = await made.http.get(f"/auctions/{AUCTION}/timer", headers={"If-None-Match": "*"})
         assert (answer.status_code, answer.json()["stale"]) == (200, True)
         for path in ("/auctions/other/timer", "/auctions"):
             answer = await made.http.get(path)

@@ -7,7 +7,18 @@ import orjson
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from engine.contract.intake import AMOUNT_MINOR_MAX, Actor, CommandType, Context, Discard, EventType, IntakeEvent, Retry
+from engine.contract.intake import (
+    AMOUNT_MINOR_MAX,
+    Actor,
+    CommandType,
+    Context,
+    Discard,
+    EventType,
+    IntakeEvent,
+    Request,
+    Resync,
+    Retry,
+)
 from engine.contract.timers import TimerRecord
 from engine.domain.auction import Auction, Offer, Registration
 from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
@@ -66,7 +77,7 @@ def full_registrations(draw: DrawFn, auction_id: str = AUCTION_ID) -> Registrati
     return Registration(auction_id, EpochMs(starts_at), EpochMs(ends_at), draw(policies()), draw(offers))
 
 
-def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrategy[InputEvent | Retry | Discard]:
+def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrategy[InputEvent | Request]:
     """An event of this type."""
     match event_type:
         case EventType.AUCTION_STARTED:
@@ -87,6 +98,8 @@ def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrate
             return st.builds(Retry, texts, maybe_texts)
         case CommandType.DISCARD_REQUESTED:
             return st.builds(Discard, texts, reasons)
+        case CommandType.RESYNC_REPORTED:
+            return st.builds(Resync, st.integers(-(2**53), 2**53), st.none() | st.integers(0, 2**53))
 
 
 @st.composite

@@ -19,6 +19,7 @@ from engine.contract.intake import (
     Discard,
     EventType,
     IntakeEvent,
+    Resync,
     Retry,
     SchemaError,
     decode,
@@ -101,6 +102,7 @@ EVENTS = {
     ),
     CommandType.RETRY_REQUESTED: ({"command_id": "bid-9", "reason": "known now"}, Retry("bid-9", "known now")),
     CommandType.DISCARD_REQUESTED: ({"command_id": "bid-9", "reason": "a test"}, Discard("bid-9", "a test")),
+    CommandType.RESYNC_REPORTED: ({"drift_ms": -740, "rtt_ms": 38}, Resync(-740, 38)),
 }
 Type = EventType | CommandType
 ABOUT_A_COMMAND = {CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED}
@@ -127,7 +129,7 @@ def read(body: Any) -> IntakeEvent:
 
 
 def test_the_event_types_are_the_published_ones() -> None:
-    """Seven types come from producers, spelled as in the contract; three more are made from requests."""
+    """Seven types come from producers, spelled as in the contract; four more are made from requests."""
     assert [event_type.value for event_type in EventType] == [
         "offers.auction.started",
         "auctions.bid.accepted",
@@ -142,6 +144,7 @@ def test_the_event_types_are_the_published_ones() -> None:
         "offers.cancel.requested",
         "troubleshooting.retry.requested",
         "troubleshooting.cancel.requested",
+        "timers.resync.reported",
     }
 
 
@@ -347,6 +350,9 @@ WITHDRAWAL = EVENTS[CommandType.OFFER_CANCEL_REQUESTED][0]
         (CommandType.RETRY_REQUESTED, {"command_id": None}, "detail.command_id is not a string"),
         (CommandType.RETRY_REQUESTED, {"reason": 1}, "detail.reason is not a string"),
         (CommandType.DISCARD_REQUESTED, {"command_id": 7}, "detail.command_id is not a string"),
+        (CommandType.RESYNC_REPORTED, {"drift_ms": None}, "detail.drift_ms is not an integer"),
+        (CommandType.RESYNC_REPORTED, {"drift_ms": 0.5}, "detail.drift_ms is not an integer"),
+        (CommandType.RESYNC_REPORTED, {"rtt_ms": "1"}, "detail.rtt_ms is not an integer"),
         (CommandType.DISCARD_REQUESTED, {"reason": None}, "detail.reason is not a string"),
         (CommandType.DISCARD_REQUESTED, {"reason": ""}, "detail.reason is not 1-500 characters"),
         (CommandType.DISCARD_REQUESTED, {"reason": "x" * 501}, "detail.reason is not 1-500 characters"),
