@@ -156,7 +156,7 @@ class CommandRoutes:
         body = await self.store.outcome(shard, command_id)
         (parked,) = await self.store.parked_commands(shard, [command_id])
         if parked is not None:
-            return {**orjson.loads(parked), "command_id": command_id, "outcome": "IN_TROUBLESHOOTING_QUEUE"}
+            return as_command(command_id, parked) | {"outcome": "IN_TROUBLESHOOTING_QUEUE"}
         if body is not None:
             kept: dict[str, Any] = orjson.loads(body)
             return kept
@@ -184,6 +184,16 @@ def _may_know(principal: Principal, outcome: dict[str, Any]) -> bool:
 
 def _actor(principal: Principal, named: ActorInput | None, known: Actor) -> Actor:
     return Actor(named.type, named.id) if principal.is_local and named is not None else known
+
+
+def as_command(command_id: str, body: bytes) -> dict[str, Any]:
+    """A command in troubleshooting as it was parked; one that somebody has spoiled since is shown as it is."""
+    try:
+        command = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        command = None
+    shown = command if isinstance(command, dict) else {"payload": body.decode(errors="replace")}
+    return {**shown, "command_id": command_id}
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

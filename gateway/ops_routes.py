@@ -14,7 +14,7 @@ from engine.contract.intake import Actor, CommandType, Discard, Retry
 from engine.store.protocol import Group, Placed, StoreError, ViewStore
 from gateway.auth import Principal, Role, Scope, require
 from gateway.bodies import read_body
-from gateway.command_routes import COMMAND_ID_CHARS_MAX, away, json_response, pending, refuse, trace_id
+from gateway.command_routes import COMMAND_ID_CHARS_MAX, as_command, away, json_response, pending, refuse, trace_id
 from gateway.commands import Commands
 from gateway.events import ACTOR_ID_CHARS_MAX, NAME_PATTERN, Reason
 from gateway.listing import Place
@@ -123,7 +123,11 @@ class OpsRoutes:
             for (shard, ids), answer in zip(by_shard.items(), answers, strict=True)
             for command_id, body in zip(ids, answer, strict=True)
         }
-        return [(placed, _readable(placed, shard, bodies[shard, placed.auction_id])) for placed, shard in merged]
+        return [
+            (placed, None if body is None else as_command(placed.auction_id, body) | {"shard": shard})
+            for placed, shard in merged
+            for body in (bodies[shard, placed.auction_id],)
+        ]
 
     async def retry(self, request: Request) -> Response:
         """Send a command round again: it enters at the end of the intake, and arrives now."""
@@ -236,16 +240,6 @@ def _counted(answer: dict[str, Any] | None) -> str:
     if answer is None:
         return "pending"
     return "refused" if "error_code" in answer else "requeued"
-
-
-def _readable(placed: Placed, shard: int, body: bytes | None) -> dict[str, Any] | None:
-    if body is None:
-        return None
-    try:
-        command = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        command = {"payload": body.decode(errors="replace")}
-    return {**command, "command_id": placed.auction_id, "shard": shard}
 
 
 def _operator(principal: Principal, named: str | None) -> Actor:
