@@ -102,12 +102,10 @@ class HttpConnection(H11Protocol):
         self._watch()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        if any(
-            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
-            for name, value in self.headers
-        ):
+        detail = _fault_of(event)
+        if detail is not None:
             self._door.metrics.handshake("malformed")
-            self._refuse(Problem(ProblemType.MALFORMED_REQUEST, "a handshake has no body (RFC 6455, section 4.1)"))
+            self._refuse(Problem(ProblemType.MALFORMED_REQUEST, detail))
             return
         self._depart()
         super().handle_websocket_upgrade(event)
@@ -183,3 +181,15 @@ class HttpConnection(H11Protocol):
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
+
+
+def _fault_of(handshake: h11.Request) -> str | None:
+    """What uvicorn would hide from the socket, which it shows a head of HTTP/1.1 and nothing else; None if nothing."""
+    if handshake.http_version != b"1.1":
+        return "a handshake is a request of HTTP/1.1 (RFC 6455, section 4.1)"
+    if any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in handshake.headers
+    ):
+        return "a handshake has no body (RFC 6455, section 4.1)"
+    return None

@@ -314,13 +314,20 @@ def test_a_socket_is_not_held_to_the_time_of_a_request(house: House) -> None:
 
 
 @pytest.mark.requirement("R7")
-@pytest.mark.parametrize("header", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"])
-def test_a_handshake_with_a_body_is_400(house: House, header: bytes) -> None:
-    """RFC 6455 knows no body there, so what would follow can be no frames."""
+@pytest.mark.parametrize(
+    "handshake",
+    [
+        HANDSHAKE + b"Content-Length: 5\r\n",
+        HANDSHAKE + b"Transfer-Encoding: chunked\r\n",
+        HANDSHAKE.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    ],
+)
+def test_a_handshake_with_a_body_or_of_an_old_protocol_is_400(house: House, handshake: bytes) -> None:
+    """RFC 6455 knows no body there, so what would follow can be no frames; and HTTP/1.0 knows no upgrade."""
 
     async def scenario() -> None:
         wire = Wire(house)
-        wire.feed(HANDSHAKE + header + b"\r\nhello")
+        wire.feed(handshake + b"\r\nhello")
         assert wire.refused == (400, "MALFORMED_REQUEST")
         assert house.sample("auctions_gateway_handshakes_total", outcome="malformed") == 1
 
