@@ -31,6 +31,8 @@ ROOMS_MAX: Final = 50_000
 """Auctions remembered; the longest unused ones that nobody watches are forgotten. About 2 kB each."""
 REPLAY_BYTES_MAX: Final = 1_048_576
 """What is replayed to one client at once. One that missed more is told so, and starts from the snapshot."""
+CATCH_UP_S: Final = 0.5
+"""A room that was loaded ahead of the event lane is opened when the lane was read so far: some ms, at most this."""
 ANNOUNCE_AT_MS: Final = (600_000, 300_000, 60_000, 10_000)
 """Remaining times worth announcing to a person who cannot see the digits (WAI-ARIA `timer` is silent by itself)."""
 HEARTBEAT_MS: Final = 15_000
@@ -52,6 +54,9 @@ class Hub:
         self._rings = {shard: Ring() for shard in range(shards)}
         self.clock = clock
         self.fanout = Fanout(metrics.conflated_ticks.inc)
+        self._moved = asyncio.Event()
+        self.is_followed = False
+        """Whether somebody reads the event lane."""
         self.positions: dict[int, str] = {}
         """How far the event lane was read, per shard."""
         self.engine_seen: dict[int, int] = {}
@@ -105,6 +110,7 @@ class Hub:
         held = self._held[auction_id] = []
         try:
             view = await self._store.view(shard, auction_id)
+            await self._catch_up(shard, view.stream_id)
         finally:
             del self._held[auction_id]
         if view.record is None or not view.record.auction.status.is_public:
@@ -118,6 +124,17 @@ class Hub:
             self._apply(room, entry)
         self._forget_unused()
         return room
+
+    async def _catch_up(self, shard: int, stream_id: str) -> None:
+        """Wait, within a bound, until the event lane was read up to a place.
+
+        Who comes back into a room that is ahead of the lane cannot be told what lies between. A gateway that starts in the
+        midst of a storm would say so to everyone who had watched the one before it.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CATCH_UP_S):
+                while self.is_followed and stream_order(self.positions[shard]) < stream_order(stream_id):
+                    await self._moved.wait()
 
     def _forget_unused(self) -> None:
         if len(self._rooms) <= ROOMS_MAX:
@@ -180,6 +197,8 @@ class Hub:
             room = self._rooms.get(entry.auction_id.encode())
             if room is not None:
                 self._apply(room, entry)
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
 
     def _apply(self, room: Room, entry: UpdateEntry) -> None:
         if stream_order(entry.stream_id) <= room.loaded_order:
@@ -220,7 +239,9 @@ class Hub:
 
     def timer(self, room: Room) -> dict[str, Any]:
         """The auction's timer as of now."""
-        cursor = str(Cursor(room.shard, self.positions[room.shard]))
+        # A room that is ahead of the lane is not sent what lies between.
+        place = max(stream_order(self.positions[room.shard]), room.loaded_order)
+        cursor = str(Cursor(room.shard, f"{place[0]}-{place[1]}"))
         return as_of(room.timer, self.clock.now_ms(), cursor, stale=self.stale())
 
     def greeting(self, room: Room, since: str | None) -> list[Frame]:

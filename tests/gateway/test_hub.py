@@ -17,10 +17,11 @@ from engine.store.protocol import StoreUnavailableError
 from gateway import fanout as fanout_module
 from gateway import hub as hub_module
 from gateway.closing import CloseCode
-from gateway.hub import ANNOUNCE_AT_MS, HEARTBEAT_MS, Hub
+from gateway.hub import ANNOUNCE_AT_MS, CATCH_UP_S, HEARTBEAT_MS, Hub
 from gateway.ring import Ring
 from gateway.room import Frame, Room
 from tests.fakes.clock import BORN_MS
+from tests.fakes.loop import run
 from tests.gateway.house import AUCTION, ENDS_AT, House, Listener, payload, record, told
 
 
@@ -190,6 +191,59 @@ async def test_one_who_comes_back_gets_every_event_once_whenever_the_room_was_lo
                 # The feed had not yet read what the view holds already.
                 assert after < committed, case
     assert recovered > 100
+
+
+@pytest.mark.requirement("B4")
+def test_a_room_opens_when_the_lane_was_read_as_far_as_what_was_loaded() -> None:
+    """A gateway that starts in a storm loads a room before it has read so far: who comes back waits for it, and misses
+    nothing."""
+    house = House()
+
+    async def scenario() -> None:
+        house.hub.is_followed = True
+        for version in range(1, 5):
+            extended(house, version)
+        await house.read_lane(count=2)
+        demand = asyncio.ensure_future(house.hub.room(AUCTION))
+        await asyncio.sleep(CATCH_UP_S / 4)
+        await house.read_lane(count=1)
+        await asyncio.sleep(CATCH_UP_S / 4)
+        assert not demand.done()
+        assert house.hub.known(AUCTION) is None
+        await house.read_lane(count=1)
+        room = await demand
+        assert room is not None
+        snapshot, *missed = told(house.hub.greeting(room, "0.1-0"))
+        assert (snapshot["recovered"], snapshot["cursor"]) == (True, "0.4-0")
+        assert [frame["timer"]["version"] for frame in missed] == [2, 3, 4]
+        assert house.line.now_ns < CATCH_UP_S * 1e9
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("B4", "R16")
+def test_a_room_that_stays_ahead_of_the_lane_says_so() -> None:
+    """If the lane cannot be read in time the room opens all the same; its cursor is where it stands, and what lies between
+    is neither promised nor told."""
+    house = House()
+
+    async def scenario() -> None:
+        house.hub.is_followed = True
+        for version in range(1, 5):
+            extended(house, version)
+        await house.read_lane(count=2)
+        room = await room_in(house)
+        assert house.line.now_ns == pytest.approx(CATCH_UP_S * 1e9, abs=1e6)
+        (snapshot,) = told(house.hub.greeting(room, "0.1-0"))
+        assert (snapshot["recovered"], snapshot["cursor"], snapshot["timer"]["version"]) == (False, "0.4-0", 4)
+        assert snapshot["timer"]["cursor"] == "0.4-0"
+        listener = joined(room)
+        extended(house, 5)
+        await house.read_lane()
+        assert [frame["cursor"] for frame in told(listener.sent)] == ["0.5-0"]
+        assert told(house.hub.greeting(room, "0.4-0"))[0]["recovered"] is True
+
+    run(house.line, scenario)
 
 
 # The event lane.
@@ -619,7 +673,8 @@ async def test_bids_between_our_place_and_what_is_read_anew_are_still_told() -> 
     assert [frame["cursor"] for frame in missed] == ["0.4-0", "0.5-0"]
 
 
-async def test_a_room_that_is_forgotten_while_it_is_read_anew_stops_nothing() -> None:
+@pytest.mark.parametrize("vanished", [False, True])
+async def test_a_room_that_is_forgotten_while_it_is_read_anew_stops_nothing(*, vanished: bool) -> None:
     """A reload waits for the store between two rooms, and meanwhile others are loaded, forgotten, and loaded again."""
     house = House()
     for name in ("a-1", "a-2"):
@@ -634,6 +689,8 @@ async def test_a_room_that_is_forgotten_while_it_is_read_anew_stops_nothing() ->
     # Its watcher leaves, both rooms are forgotten as they are beyond the bound, and one of them is loaded anew.
     first.writable.clear()
     house.hub._rooms.clear()
+    if vanished:
+        del house.memory.shards[0].timers["a-1"]
     house.store.before_view.set()
     again = await room_in(house, "a-2")
     await reloading
