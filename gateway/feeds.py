@@ -66,6 +66,7 @@ class EventFeed:
 
     async def run(self) -> None:
         """Follow until cancelled."""
+        self._hub.is_followed = True
         check = False
         while True:
             try:

@@ -110,11 +110,11 @@ class Hub:
         held = self._held[auction_id] = []
         try:
             view = await self._store.view(shard, auction_id)
+            if view.record is None or not view.record.auction.status.is_public:
+                return None
             await self._catch_up(shard, view.stream_id)
         finally:
             del self._held[auction_id]
-        if view.record is None or not view.record.auction.status.is_public:
-            return None
         room = Room(auction_id, shard)
         room.loaded_order = stream_order(view.stream_id)
         room.show(timer(view.record, self.clock.now_ms(), None))
