@@ -9,7 +9,7 @@ from typing import Any, Final, get_args
 from engine.contract.metrics import CATALOGUE
 from engine.domain.lifecycle import LIFECYCLE, Cell, Status, Trigger, Verdict
 from engine.settings import PREFIX, Settings
-from gateway.closing import CloseCode
+from gateway.closing import meanings
 
 ROOT: Final = Path(__file__).parent.parent
 GENERATED: Final = "<!-- Made by `make docs` from the code. Do not edit. -->\n"
@@ -156,15 +156,7 @@ def metrics() -> str:
 
 def close_codes() -> str:
     """The close codes, from the docstrings of their catalogue."""
-    tree = ast.parse((ROOT / "gateway" / "closing.py").read_text())
-    (catalogue,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    said = {}
-    for node, behind in zip(catalogue.body, catalogue.body[1:], strict=False):
-        if isinstance(node, ast.Assign) and isinstance(behind, ast.Expr):
-            assert isinstance(node.targets[0], ast.Name)
-            assert isinstance(behind.value, ast.Constant)
-            said[node.targets[0].id] = str(behind.value.value)
-    rows = [f"| {code.value} | {said[code.name]} |" for code in CloseCode]
+    rows = [f"| {code.value} | {said} |" for code, said in meanings().items()]
     return "\n".join(["# Close codes", GENERATED, "| code | meaning |", "|---|---|", *rows, ""])
 
 

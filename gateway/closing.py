@@ -4,7 +4,10 @@
 The code is also the label of `auctions_gateway_disconnects_total`.
 """
 
+import ast
+import inspect
 from enum import IntEnum
+from functools import cache
 
 
 class CloseCode(IntEnum):
@@ -26,3 +29,17 @@ class CloseCode(IntEnum):
     """No answer to a ping."""
     TOO_MANY = 4429
     """More messages than allowed. Back off."""
+
+
+@cache
+def meanings() -> dict[CloseCode, str]:
+    """What each code means and what a client does: the docstrings of the catalogue, for the pages made from it."""
+    (catalogue,) = ast.parse(inspect.getsource(CloseCode)).body
+    assert isinstance(catalogue, ast.ClassDef)
+    said = {}
+    for node, behind in zip(catalogue.body, catalogue.body[1:], strict=False):
+        if isinstance(node, ast.Assign) and isinstance(behind, ast.Expr):
+            assert isinstance(node.targets[0], ast.Name)
+            assert isinstance(behind.value, ast.Constant)
+            said[CloseCode[node.targets[0].id]] = str(behind.value.value)
+    return said

@@ -194,6 +194,13 @@ def _paths() -> dict[str, Any]:
                 "responses": {"200": answer("OpenAPI 3.1", {"type": "object"})},
             }
         },
+        "/asyncapi.json": {
+            "get": {
+                "operationId": "asyncapi",
+                "summary": "The description of the socket and of the event stream",
+                "responses": {"200": answer("AsyncAPI 3.0", {"type": "object"})},
+            }
+        },
     }
 
 
@@ -227,7 +234,7 @@ def document(version: str) -> dict[str, Any]:
             "title": "auction-timer",
             "version": version,
             "description": "Realtime auction timers. Every answer carries `X-Correlation-Id`, echoed or generated. "
-            "The socket at `/auctions/{auction_id}/updates` is not HTTP and not described here.",
+            "The socket at `/auctions/{auction_id}/updates` is not HTTP: `/asyncapi.json` describes it.",
         },
         "paths": _guarded(_paths() | watch_paths() | command_paths()),
         "security": [{"bearer": []}, {}],

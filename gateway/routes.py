@@ -21,6 +21,7 @@ from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.policy import TICK_INTERVAL_MS_MAX
 from engine.store.protocol import Appended, Draft, Intake, IntakeFullError, StoreError, StoreUnavailableError, ViewStore
+from gateway import asyncapi
 from gateway.auth import Scope, require
 from gateway.bodies import bounded_body
 from gateway.command_routes import json_response, room_of
@@ -59,6 +60,7 @@ class Api:
             Route("/readyz", self.readyz, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/openapi.json", self.openapi, methods=["GET"]),
+            Route("/asyncapi.json", self.asyncapi, methods=["GET"]),
         ]
 
     # Events.
@@ -176,6 +178,10 @@ class Api:
     async def openapi(self, _request: Request) -> Response:
         """This description."""
         return json_response(document(VERSION))
+
+    async def asyncapi(self, _request: Request) -> Response:
+        """The description of the socket and of the event stream."""
+        return json_response(asyncapi.document(VERSION))
 
 
 def next_poll_ms(view: dict[str, Any]) -> int:
