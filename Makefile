@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install serve test lint format bench docs lock clean
+.PHONY: install serve test lint format bench loadtest docs lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -33,6 +33,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# Scenarios against a running system, held to budgets; OPTIONS="--url http://… --watchers 500" for somebody else's.
+loadtest: $(READY)
+	$(BIN)/python -m loadtests $(OPTIONS)
 
 docs: $(READY)
 	$(BIN)/python -m auction_timer.reference
