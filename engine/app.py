@@ -128,7 +128,7 @@ class Engine:
     async def _read(self) -> None:
         """Read every shard's intake behind what was read, and hand it over."""
         while True:
-            loaded = [shard for shard in self.shards.values() if shard.loaded]
+            loaded = [shard for shard in self.shards.values() if shard.loaded and not shard.doubted]
             after = {shard.number: shard.read_to for shard in loaded if len(shard.inbox) < INBOX_MAX}
             self._room.clear()
             if not after:
@@ -137,10 +137,16 @@ class Engine:
             # Shards still to come, or without room, must not wait until this read ends.
             every_shard = len(after) == self._settings.shards
             block_ms = self._pace.read_block_ms if every_shard else self._pace.read_again_ms
+            connections = self._store.connections
             try:
                 found = await self._store.read_intake(after, READ_MAX, block_ms)
             except StoreUnavailableError as error:
                 log.warning("intake_unreadable", error=str(error))
+                continue
+            if self._store.connections != connections:
+                # Perhaps of another history: every shard compares its own with that first.
+                for doubtful in self.shards.values():
+                    doubtful.doubt()
                 continue
             for number, entries in found.items():
                 shard = self.shards.get(number)
@@ -202,7 +208,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     assert settings.redis_url is not None
     calm_collector()
     clock = SystemClock()
-    link = RedisLink(settings.redis_url, clock)
+    link = RedisLink(settings.redis_url, clock, durability=settings.durability)
     store = RedisStore(link, clock, settings.store_limits())
     engine = Engine(store, clock, settings, EngineMetrics(registry), lambda: link.retries)
     stop = asyncio.Event()

@@ -50,7 +50,9 @@ class Settings(BaseSettings):
         description="Shards of the deployment. Fixed at its first start; a mismatch is an error.",
     )
     durability: Literal["local", "replicated"] = Field(
-        "local", description="`local`: the append-only file, synced every second. `replicated` is not available yet."
+        "local",
+        description="`local`: the append-only file, synced every second. `replicated`: also on a replica before anybody is "
+        "told, so that a failover loses nothing that was told; see docs/deployment.md.",
     )
     host: str = Field(
         "127.0.0.1", description="Address the gateway binds. Any but loopback needs tokens or `--insecure`."
@@ -210,8 +212,10 @@ class Settings(BaseSettings):
                 f"heartbeat_ms ({self.heartbeat_ms}) is more than a third of lease_ms ({self.lease_ms}): "
                 "one lost heartbeat would cost the shards; lower heartbeat_ms or raise lease_ms"
             )
-        if self.durability == "replicated":
-            found.append("durability 'replicated' is not available in this version: use 'local'")
+        if self.durability == "replicated" and self.redis_url is None:
+            found.append(
+                "durability is 'replicated' and the embedded server has no replica: name a Redis that has, or use 'local'"
+            )
         if self.jwks_url and self.jwks_file:
             found.append("jwks_url and jwks_file both name the public keys: unset AUCTION_TIMER_JWKS_URL or _JWKS_FILE")
         if self.jwks_url and not _is_secure(self.jwks_url):

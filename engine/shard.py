@@ -85,6 +85,8 @@ class Shard:
     due: set[str] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     loaded: bool = False
+    _doubts: int = 0
+    _settled: int = 0
     _checkpoints: deque[str] = field(default_factory=deque)
     _since_checkpoint: int = 0
     on_room: Callable[[], None] = lambda: None
@@ -95,6 +97,7 @@ class Shard:
         self.inbox.clear()
         self.due.clear()
         self.closed.clear()
+        self._settled = self._doubts
         self.head = await self.store.head(self.number)
         self.read_to = self.head.intake
         # The checkpoints of whoever had the shard before are gone with it; what it kept for people is given up instead.
@@ -128,6 +131,32 @@ class Shard:
         self.due.update(auction_ids)
         self.wake.set()
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the store may have lost the end of what was committed, and was not asked yet."""
+        return self._doubts > self._settled
+
+    def doubt(self) -> None:
+        """The connection to the store is new: there may have been a failover."""
+        self._doubts += 1
+        self.wake.set()
+
+    async def _compare(self) -> None:
+        """Load the shard again if the store's history is not ours. The chain's hash stands for all that led to it."""
+        doubts = self._doubts
+        head = await self.store.head(self.number)
+        if (head.intake, head.chain) != (self.head.intake, self.head.chain):
+            log.warning("shard_went_back", shard=self.number, was=self.head.chain.seq, now=head.chain.seq)
+            self.loaded = False
+            await self.load()
+            return
+        # What was read ahead may be lost: it is read again.
+        self.inbox.clear()
+        self.read_to = head.intake
+        self._settled = doubts
+        self.on_room()
+        self.wake.set()  # for what fell due meanwhile
+
     async def run(self) -> None:
         """Work until cancelled.
 
@@ -138,9 +167,11 @@ class Shard:
             try:
                 if not self.loaded:
                     await self.load()
+                elif self.doubted:
+                    await self._compare()
                 await self.wake.wait()
                 self.wake.clear()
-                while self.inbox or self.due:
+                while (self.inbox or self.due) and not self.doubted:
                     await self.turn()
             except StoreUnavailableError as error:
                 # The commit that was under way may have happened or not; the committed cursor tells.

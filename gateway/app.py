@@ -271,7 +271,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
     settings = make_room(settings)
     assert settings.redis_url is not None
     clock = SystemClock()
-    link = RedisLink(settings.redis_url, clock, call_deadline_ms=CALL_DEADLINE_MS)
+    link = RedisLink(settings.redis_url, clock, call_deadline_ms=CALL_DEADLINE_MS, durability=settings.durability)
     gateway = build(RedisStore(link, clock, settings.store_limits()), clock, settings, registry)
     config = uvicorn.Config(
         gateway.app,

@@ -1,14 +1,15 @@
 """The two feeds of a gateway: each a loop that no fault of Redis ends."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 import structlog
 
 from engine.clock import Clock
-from engine.contract.cursors import START, stream_order
+from engine.contract.cursors import START
 from engine.store.link import RedisRefusedError
-from engine.store.protocol import StoreUnavailableError, ViewStore
+from engine.store.protocol import StoreUnavailableError, UpdateEntry, ViewStore
 from gateway.commands import Commands
 from gateway.hub import Hub
 
@@ -44,6 +45,7 @@ class EventFeed:
         # A lane that was trimmed holds at least `updates_max` entries, so fewer than asked for means that none is missing.
         self._recent_max = min(RECENT_MAX, updates_max)
         self._heard = clock.monotonic_ns()
+        self._last: dict[int, UpdateEntry] = {}
         self._outdated: set[int] = set()
 
     @property
@@ -61,7 +63,7 @@ class EventFeed:
         for shard in range(self._shards):
             recent = await self._store.recent_updates(shard, self._recent_max)
             self._hub.start_at(shard, START if len(recent) < self._recent_max else recent[0].stream_id)
-            self._hub.on_updates(shard, recent)
+            self._take(shard, recent)
         self._heard = self._clock.monotonic_ns()
 
     async def run(self) -> None:
@@ -70,11 +72,16 @@ class EventFeed:
         check = False
         while True:
             try:
+                connections = self._store.connections
                 if check:
-                    await self._check_regress()
+                    await self._check_lineage()
                     check = False
                 answers = self._commands.positions if self._commands is not None else {}
                 news = await self._store.follow(self._hub.positions, answers, READ_MAX, BLOCK_MS)
+                if self._store.connections != connections:
+                    # Perhaps of another history: it is read again when our place is found to be part of that.
+                    check = True
+                    continue
             except (StoreUnavailableError, RedisRefusedError) as error:
                 log.warning("event_lane_lost", error=str(error))
                 check = True
@@ -82,21 +89,32 @@ class EventFeed:
                 continue
             self._heard = self._clock.monotonic_ns()
             for shard, entries in news.updates.items():
-                self._hub.on_updates(shard, entries)
+                self._take(shard, entries)
             await self._hub.fanout.relieved()
             # After what the same commits announced: who is answered finds in this gateway what was done.
             for reply_to, replies in news.replies.items():
                 if self._commands is not None:
                     self._commands.on_replies(reply_to, replies)
 
-    async def _check_regress(self) -> None:
-        """After an outage the lane may end before our place: a failover lost its last entries. Start over there."""
+    def _take(self, shard: int, entries: Sequence[UpdateEntry]) -> None:
+        self._hub.on_updates(shard, entries)
+        if entries:
+            self._last[shard] = entries[-1]
+
+    async def _check_lineage(self) -> None:
+        """After an outage our place may be gone: a failover lost the last entries, or wrote others. Start over there.
+
+        Ids do not tell: a new primary that has written past our place ends behind it as the old one did. The entry that
+        was read last does: a history that holds it holds all before it.
+        """
         if self._commands is not None:
             self._commands.rewind()
         for shard, position in list(self._hub.positions.items()):
-            last = await self._store.last_update(shard)
-            if stream_order(last) < stream_order(position):
+            read = self._last.get(shard)
+            if read is not None and not await self._store.holds_update(shard, read):
+                last = await self._store.last_update(shard)
                 log.warning("event_lane_went_back", shard=shard, was=position, now=last)
+                del self._last[shard]
                 self._hub.start_at(shard, last)
                 self._outdated.add(shard)
             # Also when this fails half way: the place has moved already, and would not tell next time.

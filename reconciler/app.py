@@ -46,7 +46,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     assert settings.redis_url is not None
     archive = _archive(settings)
     clock = SystemClock()
-    link = RedisLink(settings.redis_url, clock)
+    link = RedisLink(settings.redis_url, clock, durability=settings.durability)
     store = RedisStore(link, clock, settings.store_limits())
     metrics = ReconcilerMetrics(registry)
     archiver = Archiver(store, archive, metrics, shards=settings.shards, retained=settings.audit_retained)

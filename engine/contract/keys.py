@@ -23,6 +23,18 @@ def replies(reply_to: str) -> str:
     return f"auction:replies:{reply_to}"
 
 
+def hash_tag(name: str) -> str:
+    """The part of a name that decides its slot: what stands in its first braces, or all of it (Redis Cluster)."""
+    _, opened, rest = name.partition("{")
+    tag, closed, _ = rest.partition("}")
+    return tag if opened and closed and tag else name
+
+
+def barrier(name: str) -> str:
+    """A key in the slot of `name` that is written only so that replicas can be waited for."""
+    return f"auction:barrier:{{{hash_tag(name)}}}"
+
+
 @dataclass(frozen=True, slots=True)
 class ShardKeys:
     """The names of one shard, built once."""

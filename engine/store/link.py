@@ -7,14 +7,15 @@ protocol version spelled out, and `RedisLink.call` repeats a whole call, with th
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, Final, Literal, TypeVar
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis.asyncio as redis
 from hiredis import pack_command
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -33,6 +34,7 @@ from redis.exceptions import (
 )
 
 from engine.clock import Clock
+from engine.contract import keys
 from engine.store.protocol import StoreError, StoreUnavailableError
 from engine.store.scripts import Script
 
@@ -49,6 +51,15 @@ BLOCK_MS_MAX: Final = 1_000
 """A blocking read lasts at most this long, so that a connection that died silently is noticed."""
 BLOCKING_TIMEOUT_S: Final = BLOCK_MS_MAX / 1_000 + 1.5
 CONNECTIONS_MAX: Final = 64
+REPLICAS_WANTED: Final = 1
+"""Replicas that must have a write in `replicated` durability. With 2 replicas one may be down, and writing goes on."""
+WAIT_MS: Final = 150
+"""How long a replica may take to have it; on loopback it takes 0.1 ms. After that the call is repeated, with its own id."""
+BARRIER: Final = "#!lua flags=allow-oom\nredis.call('SET', KEYS[1], '1')"
+"""A write that changes nothing: `WAIT` counts replicas as of the last write of its own connection, and of nobody else's.
+
+Without it a read, or a command that was recognised as a repetition, would be counted as of the beginning of time.
+"""
 
 _TRANSIENT_PREFIXES: Final = ("NOREPLICAS", "UNBLOCKED", "BUSY", "MISCONF", "CLUSTERDOWN", "TRYAGAIN", "READONLY")
 
@@ -61,6 +72,10 @@ class RedisRefusedError(StoreError):
     """Redis refused the call for a reason that repeating cannot mend (authentication, permission, our own fault)."""
 
 
+class NotReplicatedError(redis.RedisError):
+    """No replica has the write yet. Whether it will be kept is unknown: repeat it with the same command id."""
+
+
 def is_transient(error: Exception) -> bool:
     """Whether repeating a call after `error` can help. Decided one by one; none of them may end a loop."""
     # While connecting, redis-py hides it in a ConnectionError.
@@ -69,6 +84,7 @@ def is_transient(error: Exception) -> bool:
     if isinstance(
         error,
         ConnectionError  # includes MaxConnections, LOADING (a subclass) and "no master found"
+        | NotReplicatedError
         | TimeoutError
         | BusyLoadingError
         | ReadOnlyError  # we still talk to a demoted primary
@@ -118,6 +134,9 @@ class _Target:
     service: str = ""
     username: str | None = None
     password: str | None = None
+    db: int = 0
+    sentinel_options: Mapping[str, str] = field(default_factory=dict)
+    """What the sentinels themselves want to be told: `username`, `password`."""
 
 
 def _target(url: str) -> _Target:
@@ -133,16 +152,29 @@ def _target(url: str) -> _Target:
     if parts.scheme == "redis+sentinel":
         userinfo, _, hosts = parts.netloc.rpartition("@")
         username, _, password = userinfo.partition(":")
-        service = parts.path.strip("/")
+        service, _, db = parts.path.strip("/").partition("/")
         addresses = tuple(_address(host) for host in hosts.split(",") if host)
-        if not service or not addresses:
-            raise RedisUrlError("a Sentinel URL reads redis+sentinel://host:port,host:port/SERVICE")
-        return _Target(url, addresses, service, unquote(username) or None, unquote(password) or None)
+        if not service or not addresses or (db and not db.isdigit()):
+            raise RedisUrlError(
+                "a Sentinel URL reads redis+sentinel://host:port,host:port/SERVICE, or …/SERVICE/DATABASE"
+            )
+        return _Target(
+            url, addresses, service, unquote(username) or None, unquote(password) or None, int(db or 0), _options(parts)
+        )
     if parts.scheme == "redis+cluster":
         raise RedisUrlError(
             "redis+cluster:// is not supported by this version; use redis://, unix:// or redis+sentinel://"
         )
     raise RedisUrlError(f"the scheme {parts.scheme!r} is none of redis, rediss, unix, redis+sentinel")
+
+
+def _options(parts: SplitResult) -> dict[str, str]:
+    """The credentials of the sentinels: `?sentinel_username=…&sentinel_password=…`."""
+    given = dict(parse_qsl(parts.query))
+    found = {name: given.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in given}
+    if given:
+        raise RedisUrlError("a Sentinel URL takes the options sentinel_username and sentinel_password, and no other")
+    return found
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -167,9 +199,20 @@ async def heeding_cancellation(attempt: Callable[[], Awaitable[T]]) -> T:
 
 
 class RedisLink:
-    """The clients of one process, one per use, because a blocking read must never stand before a commit."""
+    """The clients of one process, one per use, because a blocking read must never stand before a commit.
 
-    def __init__(self, url: str, clock: Clock, *, call_deadline_ms: int = CALL_DEADLINE_MS) -> None:
+    In `replicated` durability an answer is given only when a replica has everything that it was made from: what this
+    process has written, and also what it has read, whoever wrote that.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        clock: Clock,
+        *,
+        call_deadline_ms: int = CALL_DEADLINE_MS,
+        durability: Literal["local", "replicated"] = "local",
+    ) -> None:
         """Nothing is connected yet.
 
         Raises:
@@ -178,18 +221,45 @@ class RedisLink:
         self._target = _target(url)
         self._clock = clock
         self._call_deadline_ms = call_deadline_ms
+        self._replicated = durability == "replicated"
+        self._sentinel = self._sentinel_of(self._target)
         self.commands = self._client(COMMAND_TIMEOUT_S)
-        self.blocking = self._client(BLOCKING_TIMEOUT_S)
+        self.blocking = self._client(BLOCKING_TIMEOUT_S, on_connect=self._count_connection)
         self.subscriber = self._client(COMMAND_TIMEOUT_S)
         self.retries = 0
+        self.connections = 0
+        """Connections made for blocking reads. One more: what was read before may have been lost in a failover."""
 
-    def _client(self, timeout_s: float) -> "redis.Redis":
+    @staticmethod
+    def _sentinel_of(target: _Target) -> Sentinel | None:
+        if not target.sentinels:
+            return None
+        return Sentinel(
+            list(target.sentinels),
+            # Without its own short time-outs discovery takes 3.9 s with one dead sentinel.
+            sentinel_kwargs={
+                "socket_timeout": CONNECT_TIMEOUT_S,
+                "socket_connect_timeout": CONNECT_TIMEOUT_S,
+                "retry": _no_retry(),
+                "protocol": 2,
+                **target.sentinel_options,
+            },
+        )
+
+    def _client(self, timeout_s: float, on_connect: Callable[[], None] = lambda: None) -> "redis.Redis":
+        async def connected(connection: AbstractConnection) -> None:
+            await connection.on_connect()
+            on_connect()
+            if self._sentinel is not None:
+                await _insist_on_primary(connection)
+
         options: dict[str, Any] = {
             "retry": _no_retry(),
             "socket_timeout": timeout_s,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "protocol": 2,
             "max_connections": CONNECTIONS_MAX,
+            "redis_connect_func": connected,
         }
         client = self._plain_client(options)
         pool = client.connection_pool
@@ -198,22 +268,15 @@ class RedisLink:
 
     def _plain_client(self, options: dict[str, Any]) -> "redis.Redis":
         target = self._target
-        if not target.sentinels:
+        if self._sentinel is None:
             return redis.Redis.from_url(target.url, **options)
-        sentinel = Sentinel(
-            list(target.sentinels),
-            # Without its own short time-outs discovery takes 3.9 s with one dead sentinel.
-            sentinel_kwargs={
-                "socket_timeout": CONNECT_TIMEOUT_S,
-                "socket_connect_timeout": CONNECT_TIMEOUT_S,
-                "retry": _no_retry(),
-                "protocol": 2,
-            },
-        )
-        client: redis.Redis = sentinel.master_for(
-            target.service, username=target.username, password=target.password, **options
+        client: redis.Redis = self._sentinel.master_for(
+            target.service, db=target.db, username=target.username, password=target.password, **options
         )
         return client
+
+    def _count_connection(self) -> None:
+        self.connections += 1
 
     async def call(self, attempt: Callable[[], Awaitable[T]], *, deadline_ms: int | None = None) -> T:
         """Run `attempt` until it answers, fails for good, or the deadline is over.
@@ -241,20 +304,57 @@ class RedisLink:
             await asyncio.sleep(min(left_ms, random.uniform(0.5, 1) * backoff_ms) / 1_000)  # noqa: S311
             backoff_ms = min(BACKOFF_MAX_MS, backoff_ms * 2)
 
-    async def run(self, script: Script, names: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        """Run a script by its digest; a server that does not know it yet gets its text. Raises as `call` does."""
-        client = self.commands
+    async def ask(self, name: str, *command: str | bytes | int, told: bool = True, blocking: bool = False) -> Any:
+        """One command about the key `name`.
+
+        `told` says that people or producers are told of what is answered: it waits for the replica then. Raises as
+        `call` does.
+        """
+        return await self.call(lambda: self._exchange(name, command, told=told, blocking=blocking))
+
+    async def run(
+        self, script: Script, names: Sequence[str], args: Sequence[str | bytes | int], *, told: bool = True
+    ) -> Any:
+        """Run a script by its digest; a server that does not know it yet gets its text. As `ask` otherwise."""
 
         async def attempt() -> Any:
+            rest = (len(names), *names, *args)
             try:
-                return await client.execute_command("EVALSHA", script.sha, len(names), *names, *args)
+                return await self._exchange(names[0], ("EVALSHA", script.sha, *rest), told=told)
             except NoScriptError:
-                return await client.execute_command("EVAL", script.source, len(names), *names, *args)
+                return await self._exchange(names[0], ("EVAL", script.source, *rest), told=told)
 
         return await self.call(attempt)
+
+    async def _exchange(
+        self, name: str, command: Sequence[str | bytes | int], *, told: bool, blocking: bool = False
+    ) -> Any:
+        """One attempt: the command, and the word of a replica that it has all of it."""
+        client = self.blocking if blocking else self.commands
+        if not (told and self._replicated):
+            return await client.execute_command(*command)
+        # One connection, in this order: a WAIT on another one would count as of other writes.
+        pipe = client.pipeline(transaction=False)
+        pipe.execute_command(*command)
+        pipe.execute_command("EVAL", BARRIER, 1, keys.barrier(name))
+        pipe.execute_command("WAIT", REPLICAS_WANTED, WAIT_MS)
+        answer, _, replicas = await pipe.execute()
+        if replicas < REPLICAS_WANTED:
+            raise NotReplicatedError(f"no replica had it within {WAIT_MS} ms: is one connected?")
+        return answer
 
     async def close(self) -> None:
         """Close every connection."""
         for client in (self.commands, self.blocking, self.subscriber):
             await client.aclose()
             await client.connection_pool.disconnect()
+        if self._sentinel is not None:
+            await self._sentinel.aclose()
+
+
+async def _insist_on_primary(connection: AbstractConnection) -> None:
+    """Refuse a server that is no primary: sentinels may be wrong, and its reads would fall behind without an error."""
+    await connection.send_command("ROLE")
+    role = await connection.read_response()
+    if role[0] not in (b"master", "master"):
+        raise ConnectionError("the sentinels named a server that is no primary")

@@ -98,6 +98,7 @@ class MemoryStore:
         self._intake_max = intake_max
         self._troubleshooting_max = troubleshooting_max
         self._deployment: int | None = None
+        self.connections = 1
         self._grown = asyncio.Event()
         self._listeners: list[asyncio.Queue[tuple[int, bytes]]] = []
         self.shards: defaultdict[int, ShardMemory] = defaultdict(ShardMemory)
@@ -332,6 +333,9 @@ class MemoryStore:
     async def last_update(self, shard: int) -> str:
         updates = self.shards[shard].updates
         return updates[-1].stream_id if updates else START
+
+    async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
+        return entry in self.shards[shard].updates
 
     async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
         return self.shards[shard].updates[-count:]

@@ -443,6 +443,14 @@ class ShardStore(LeaseStore, MemberStore, Protocol):
         """What these offer ids are bound to."""
         ...
 
+    @property
+    def connections(self) -> int:
+        """How many connections were made for `read_intake` and `follow`.
+
+        One more than before a read: the server may be another, and may lack the end of what was read or committed.
+        """
+        ...
+
     async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
         """Entries behind the given stream ids, at most `count` per shard; waits up to `block_ms` if there are none."""
         ...
@@ -516,6 +524,15 @@ class ViewStore(Protocol):
 
         At most `count` of each stream; waits up to `block_ms` if there are none.
         """
+        ...
+
+    @property
+    def connections(self) -> int:
+        """See `ShardStore`."""
+        ...
+
+    async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
+        """Whether the event lane holds this very entry: of another history it may hold another one under its id."""
         ...
 
     async def lease(self, shard: int) -> Lease:

@@ -80,11 +80,18 @@ class RedisStore:
             names = self._names[shard] = ShardKeys.of(shard)
         return names
 
-    async def _run(self, script: Script, names: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        return await self.link.run(script, names, args)
+    @property
+    def connections(self) -> int:
+        return self.link.connections
 
-    async def _read(self, *command: str | bytes | int) -> Any:
-        return await self.link.call(lambda: self.link.commands.execute_command(*command))
+    async def _run(
+        self, script: Script, names: Sequence[str], args: Sequence[str | bytes | int], *, told: bool = True
+    ) -> Any:
+        return await self.link.run(script, names, args, told=told)
+
+    async def _read(self, *command: str | bytes | int, told: bool = True) -> Any:
+        """One command, whose first argument is the key that it is about."""
+        return await self.link.ask(str(command[1]), *command, told=told)
 
     # The authority's clock.
 
@@ -94,16 +101,10 @@ class RedisStore:
         return int(seconds) * 1_000_000 + int(micros)
 
     async def deployment(self, shards: int) -> None:
-        client = self.link.commands
-
-        async def attempt() -> list[bytes]:
-            pipe = client.pipeline(transaction=False)
-            pipe.execute_command("HSETNX", keys.META, "shards", str(shards))
-            pipe.execute_command("HSETNX", keys.META, "schema", SCHEMA_VERSION)
-            pipe.execute_command("HMGET", keys.META, "shards", "schema")
-            return (await pipe.execute())[-1]  # type: ignore[no-any-return]
-
-        stored_shards, stored_schema = (value.decode() for value in await self.link.call(attempt))
+        await self._read("HSETNX", keys.META, "shards", str(shards))
+        await self._read("HSETNX", keys.META, "schema", SCHEMA_VERSION)
+        row = await self._read("HMGET", keys.META, "shards", "schema")
+        stored_shards, stored_schema = (value.decode() for value in row)
         if stored_shards != str(shards):
             raise DeploymentMismatchError(
                 f"this Redis holds a deployment with {stored_shards} shards, the settings say {shards}: "
@@ -134,7 +135,7 @@ class RedisStore:
         return found
 
     async def _pairs(self, *command: str) -> dict[bytes, bytes]:
-        answer = await self._read(*command)
+        answer = await self._read(*command, told=False)
         if isinstance(answer, dict):
             return {_bytes(name): _bytes(value) for name, value in answer.items()}
         return dict(zip(answer[::2], answer[1::2], strict=True))
@@ -175,27 +176,21 @@ class RedisStore:
         return Lease(now_holder.decode(), int(epoch), int(beat))
 
     async def renew(self, shard: int, holder: str, epoch: int) -> bool:
-        return bool(await self._run(RENEW, [self._keys(shard).lease], [holder, epoch]))
+        # What keeps a lease or is a sign of life promises nothing to anybody, so it waits for no replica.
+        return bool(await self._run(RENEW, [self._keys(shard).lease], [holder, epoch], told=False))
 
     async def release(self, shard: int, holder: str, epoch: int) -> None:
-        await self._run(RELEASE, [self._keys(shard).lease], [holder, epoch])
+        await self._run(RELEASE, [self._keys(shard).lease], [holder, epoch], told=False)
 
     async def beat_member(self, name: str) -> Mapping[str, int]:
-        client = self.link.commands
-
-        async def attempt() -> list[Any]:
-            pipe = client.pipeline(transaction=False)
-            pipe.execute_command("HINCRBY", keys.ENGINES, name, 1)
-            pipe.execute_command("HGETALL", keys.ENGINES)
-            return await pipe.execute()
-
-        beats = (await self.link.call(attempt))[-1]
+        await self._read("HINCRBY", keys.ENGINES, name, 1, told=False)
+        beats = await self._read("HGETALL", keys.ENGINES, told=False)
         if not isinstance(beats, dict):
             beats = dict(zip(beats[::2], beats[1::2], strict=True))
         return {_bytes(member).decode(): int(count) for member, count in beats.items()}
 
     async def forget_member(self, name: str) -> None:
-        await self._read("HDEL", keys.ENGINES, name)
+        await self._read("HDEL", keys.ENGINES, name, told=False)
 
     # The fold.
 
@@ -245,9 +240,9 @@ class RedisStore:
         self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int
     ) -> dict[str, list[tuple[bytes, list[bytes]]]]:
         block = ("BLOCK", min(block_ms, BLOCK_MS_MAX)) if block_ms > 0 else ()
-        client = self.link.blocking if block_ms > 0 else self.link.commands
-        answer = await self.link.call(
-            lambda: client.execute_command("XREAD", "COUNT", count, *block, "STREAMS", *names, *since)
+        # Always of the same connection: a new one says that the server may be another, and may have lost entries.
+        answer = await self.link.ask(
+            names[0], "XREAD", "COUNT", count, *block, "STREAMS", *names, *since, blocking=True
         )
         return {name.decode(): rows for name, rows in answer or ()}
 
@@ -376,6 +371,14 @@ class RedisStore:
     async def last_update(self, shard: int) -> str:
         last = await self.recent_updates(shard, 1)
         return last[0].stream_id if last else START
+
+    async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
+        at = entry.stream_id
+        # Asked where the lane is read.
+        rows = await self.link.ask(
+            self._keys(shard).updates, "XREVRANGE", self._keys(shard).updates, at, at, blocking=True, told=False
+        )
+        return [update_entry(stream_id, values) for stream_id, values in rows] == [entry]
 
     async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
         answer = await self._read("XREVRANGE", self._keys(shard).updates, "+", "-", "COUNT", count)

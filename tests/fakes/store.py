@@ -66,7 +66,7 @@ class FaultyStore:
     def __getattr__(self, name: str) -> Any:
         """Every other call: passed on, unless the store is away."""
         method = getattr(self.inner, name)
-        if name in ("live", "ticks", "shards", "replies"):
+        if name in ("connections", "live", "ticks", "shards", "replies"):
             return method
 
         async def call(*args: Any, **kwargs: Any) -> Any:

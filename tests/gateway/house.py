@@ -88,7 +88,7 @@ class WatchedStore:
     def __getattr__(self, name: str) -> Any:
         """Every other call: counted, and passed on unless it fails."""
         method = getattr(self.inner, name)
-        if name in ("ticks", "shards"):
+        if name in ("connections", "ticks", "shards"):
             return method
 
         async def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,233 @@
+"""Redis as it is run in production: a primary with replicas and sentinels, and a Cluster. Real processes on loopback.
+
+Every server listens on a free port, lives in a directory of its own, and is killed by its own pid; the kernel kills it when
+the test run dies.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from tests.servers import _LAUNCHER, VALKEY
+
+WITHIN_S: Final = 30.0
+POLL_S: Final = 0.01
+SERVICE: Final = "auction"
+DOWN_AFTER_MS: Final = 1_000
+QUICK: Final = ("PING-PERIOD", "100", "ASK-PERIOD", "100", "INFO-PERIOD", "100", "PUBLISH-PERIOD", "200")
+"""Sentinels find each other and their replicas within 0.2 s instead of 2 s."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; with 10,000 added they are free too, for the bus of a Cluster."""
+    found: list[int] = []
+    held: list[socket.socket] = []
+    try:
+        while len(found) < count:
+            first, second = socket.socket(), socket.socket()
+            held += (first, second)
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 10_000))
+            except (OSError, OverflowError):
+                continue
+            found.append(port)
+    finally:
+        for each in held:
+            each.close()
+    return found
+
+
+def until(condition: Callable[[], Any], what: str, within_s: float = WITHIN_S) -> Any:
+    """Poll a condition until it holds, taking an error of the server for "not yet"; fail with `what` after a deadline."""
+    give_up = time.monotonic() + within_s
+    while True:
+        try:
+            if found := condition():
+                return found
+        except (RedisError, OSError):
+            pass
+        if time.monotonic() > give_up:
+            raise AssertionError(f"not within {within_s} s: {what}")
+        time.sleep(POLL_S)
+
+
+class Member:
+    """One server of a topology."""
+
+    def __init__(self, port: int, options: Sequence[str], *, config: str | None = None) -> None:
+        self.port = port
+        self.options = list(options)
+        self.directory = Path(tempfile.mkdtemp(prefix="at-", dir="/tmp"))
+        self.log = self.directory / "log"
+        if config is not None:
+            (self.directory / "conf").write_text(config)
+            self.options = [str(self.directory / "conf"), *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again with the data it has."""
+        command = [
+            str(VALKEY.program), *self.options,
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--logfile", str(self.log)),
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    @property
+    def address(self) -> str:
+        """Its host and port."""
+        return f"127.0.0.1:{self.port}"
+
+    def ask(self, *command: str | int) -> Any:
+        """One command, on a connection of its own."""
+        with Redis(port=self.port, socket_timeout=2, retry=Retry(NoBackoff(), 0), decode_responses=True) as client:
+            return client.execute_command(*command)
+
+    def role(self) -> str:
+        """`master` or `slave`, as the server says."""
+        return str(self.ask("ROLE")[0])
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for its end."""
+        self.thaw()
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP: it keeps its connections and answers nothing."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGCONT)
+
+    def remove(self) -> None:
+        """End it and forget its data."""
+        if self.process.poll() is None:
+            self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+_KEEPS: Final = (
+    *("--appendonly", "yes", "--aof-use-rdb-preamble", "no", "--save", "", "--maxmemory-policy", "noeviction"),
+    *("--repl-ping-replica-period", "1", "--repl-diskless-sync-delay", "0", "--shutdown-timeout", "1"),
+    *("--enable-debug-command", "local"),
+)
+
+
+class SentinelGroup:
+    """One primary, two replicas and three sentinels."""
+
+    def __init__(self, *, down_after_ms: int = DOWN_AFTER_MS) -> None:
+        ports = free_ports(6)
+        self.members: list[Member] = []
+        self.sentinels: list[Member] = []
+        try:
+            self._start(ports[:3], ports[3:], down_after_ms)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, ports: list[int], sentinel_ports: list[int], down_after_ms: int) -> None:
+        for port in ports:
+            follows = () if port == ports[0] else ("--replicaof", f"127.0.0.1 {ports[0]}")
+            self.members.append(Member(port, [*_KEEPS, *follows]))
+        for member in self.members:
+            until(lambda member=member: member.ask("PING"), f"{member.address} answers")
+        until(lambda: len(self.members[0].ask("ROLE")[2]) == 2, "both replicas are connected")
+        for port in sentinel_ports:
+            config = (
+                f"sentinel monitor {SERVICE} 127.0.0.1 {ports[0]} 2\n"
+                f"sentinel down-after-milliseconds {SERVICE} {down_after_ms}\n"
+                f"sentinel failover-timeout {SERVICE} 5000\n"
+                f"sentinel parallel-syncs {SERVICE} 1\n"
+            )
+            self.sentinels.append(Member(port, ["--sentinel"], config=config))
+        for sentinel in self.sentinels:
+            until(lambda sentinel=sentinel: sentinel.ask("PING"), f"sentinel {sentinel.address} answers")
+            sentinel.ask("SENTINEL", "DEBUG", *QUICK)
+        for sentinel in self.sentinels:
+            until(lambda sentinel=sentinel: self._knows_all(sentinel), f"sentinel {sentinel.address} knows everyone")
+
+    def _knows_all(self, sentinel: Member) -> bool:
+        said = sentinel.ask("SENTINEL", "MASTER", SERVICE)
+        state = said if isinstance(said, dict) else dict(zip(said[::2], said[1::2], strict=True))
+        return int(state["num-slaves"]) == 2 and int(state["num-other-sentinels"]) == 2
+
+    @property
+    def url(self) -> str:
+        """As settings spell it."""
+        return f"redis+sentinel://{','.join(sentinel.address for sentinel in self.sentinels)}/{SERVICE}"
+
+    @property
+    def primary(self) -> Member:
+        """The member that two sentinels hold for the primary, once it says so itself."""
+
+        def named() -> Member | None:
+            said = [sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1] for sentinel in self.sentinels[:2]]
+            (found,) = (member for member in self.members if str(member.port) == str(said[0]))
+            return found if said[0] == said[1] and found.role() == "master" else None
+
+        found: Member = until(named, "the sentinels agree on a primary")
+        return found
+
+    def wait_until_whole(self) -> Member:
+        """Wait for one primary with two replicas that every sentinel knows to be well; the primary."""
+        primary = self.primary
+        until(lambda: len(primary.ask("ROLE")[2]) == 2, "both replicas are connected")
+        for sentinel in self.sentinels:
+            until(lambda sentinel=sentinel: self._is_well(sentinel, primary), f"{sentinel.address} sees all well")
+        return primary
+
+    def _is_well(self, sentinel: Member, primary: Member) -> bool:
+        if str(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1]) != str(primary.port):
+            return False
+        with Redis(port=sentinel.port, socket_timeout=2, decode_responses=True) as client:
+            known = client.sentinel_slaves(SERVICE)
+        well = [each for each in known if each["flags"] == "slave" and each["master-link-status"] == "ok"]
+        return len(well) == 2
+
+    @property
+    def replicas(self) -> list[Member]:
+        """The other members that run."""
+        primary = self.primary
+        return [member for member in self.members if member is not primary and member.process.poll() is None]
+
+    @contextmanager
+    def without_replicas(self) -> Iterator[Member]:
+        """Stop the replicas and cut their links: what the primary writes now, nobody else has. The primary is given."""
+        primary, replicas = self.primary, self.replicas
+        for replica in replicas:
+            replica.freeze()
+        primary.ask("CLIENT", "KILL", "TYPE", "replica")
+        try:
+            yield primary
+        finally:
+            for replica in replicas:
+                replica.thaw()
+
+    def stop(self) -> None:
+        """End all of it."""
+        for each in (*self.sentinels, *self.members):
+            each.remove()
