@@ -6,9 +6,9 @@ time, told by the state in which h11 sees the peer:
     accepted, or answered ──▶ the head of a request    10 s
     head read ──────────────▶ its body                 30 s
     request read ───────────▶ nothing: ours to answer
-    closed by us ───────────▶ the peer's own end        5 s
+    closed by us ───────────▶ what it has not taken    20 s
 
-Beside it, an answer that is not taken for 30 s ends the connection too.
+Beside it, an answer that fills the transport and is not taken for 20 s ends the connection too.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from gateway.connection import CLOSE_WITHIN_S, refusal
+from gateway.connection import refusal
 from gateway.problems import Problem, ProblemType
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 HEADERS_BYTES_MAX: Final = 65_536
 PIECE_BYTES: Final = 4_096
 """h11 measures a head only while it is incomplete, and the loop reads up to 256 KiB at once."""
-TAKEN_WITHIN_S: Final = 30.0
 
 
 @unique
@@ -37,7 +36,7 @@ class Awaited(Enum):
 
     HEAD = 10.0
     BODY = 30.0
-    END = CLOSE_WITHIN_S
+    REST = 20.0
 
 
 class HttpConnection(H11Protocol):
@@ -79,7 +78,7 @@ class HttpConnection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self._stalled or self.loop.call_later(TAKEN_WITHIN_S, self.transport.abort)
+        self._stalled = self._stalled or self.loop.call_later(Awaited.REST.value, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -142,11 +141,11 @@ class HttpConnection(H11Protocol):
         if not self._is_counted:
             return None  # gone, or a socket now
         if self.transport.is_closing():
-            return Awaited.END
+            return Awaited.REST
         return {h11.IDLE: Awaited.HEAD, h11.SEND_BODY: Awaited.BODY}.get(self.conn.their_state)
 
     def _too_late(self, awaited: Awaited) -> None:
-        if awaited is Awaited.END:
+        if awaited is Awaited.REST:
             self.transport.abort()
         elif awaited is Awaited.HEAD and not self.conn.trailing_data[0]:
             self.transport.close()  # nothing was asked

@@ -13,13 +13,13 @@ from starlette.types import Receive, Scope, Send
 from websockets.frames import Frame, Opcode
 
 from gateway.admission import PLAIN_MIN
-from gateway.connection import CLOSE_WITHIN_S, Connection
-from gateway.http_connection import HEADERS_BYTES_MAX, TAKEN_WITHIN_S, Awaited, HttpConnection
+from gateway.connection import Connection
+from gateway.http_connection import HEADERS_BYTES_MAX, Awaited, HttpConnection
 from tests.fakes.loop import run
 from tests.gateway.house import AUCTION, House, record
 from tests.gateway.peers import StillTransport
 
-HEAD_S, BODY_S = Awaited.HEAD.value, Awaited.BODY.value
+HEAD_S, BODY_S, REST_S = Awaited.HEAD.value, Awaited.BODY.value, Awaited.REST.value
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST /events HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
 HANDSHAKE = (
@@ -106,7 +106,7 @@ def after(house: House, scenario: Callable[[], Awaitable[None]]) -> None:
 
     async def whole() -> None:
         await scenario()
-        await asyncio.sleep(BODY_S + TAKEN_WITHIN_S)
+        await asyncio.sleep(BODY_S + REST_S)
         assert house.door.admission.plain == 0
         assert house.door.admission._per_address == {}
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -257,7 +257,7 @@ def test_an_application_may_take_its_time(house: House) -> None:
 
 
 def test_an_answer_that_is_not_taken_is_given_up(house: House) -> None:
-    """Who asks for much and reads nothing is cut after 30 s; who reads in time gets all of it."""
+    """Who asks for much and reads nothing is cut after 20 s; who reads in time gets all of it."""
 
     async def much(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, *[b"x" * 50_000] * 10)
@@ -267,13 +267,34 @@ def test_an_answer_that_is_not_taken_is_given_up(house: House) -> None:
         for wire in (stuck, late):
             wire.stuck = True
             wire.feed(GET)
-        await asyncio.sleep(TAKEN_WITHIN_S - 0.1)
+        await asyncio.sleep(REST_S - 0.1)
         assert not stuck.aborted
         late.release()
         await asyncio.sleep(0.2)
         assert stuck.aborted
         assert not late.aborted
         assert len(late.taken) > 500_000
+
+    after(house, scenario)
+
+
+@pytest.mark.parametrize("header", [b"", b"Connection: close\r\n"])
+def test_the_end_of_an_answer_may_be_taken_slowly(house: House, header: bytes) -> None:
+    """What is written already is still delivered when the connection is closed behind it, within the bound."""
+
+    async def one_piece(scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(send, b"x" * 60_000)
+
+    async def scenario() -> None:
+        wire = Wire(house, one_piece)
+        wire.stuck = True
+        wire.feed(GET[:-2] + header + b"\r\n")
+        await asyncio.sleep(REST_S - 0.1)
+        assert wire.is_closing()
+        wire.release()
+        await asyncio.sleep(0.2)
+        assert not wire.aborted
+        assert len(wire.taken) > 60_000
 
     after(house, scenario)
 
@@ -288,7 +309,7 @@ def test_a_farewell_that_is_not_taken_does_not_hold_the_connection(house: House)
         await asyncio.sleep(HEAD_S + 0.1)
         assert wire.is_closing()
         assert not wire.aborted
-        await asyncio.sleep(CLOSE_WITHIN_S)
+        await asyncio.sleep(REST_S)
         assert wire.aborted
 
     after(house, scenario)
