@@ -118,7 +118,7 @@ def serve(
     """Run everything on one machine: store, engine, reconciler, gateways.
 
     Prints `ready http://HOST:PORT` when it is. Without --redis-url it runs a private server that keeps its data in the
-    data dir. Ctrl-C drains and stops. The reconciler archives the audit log; this version repairs no drift.
+    data dir. Ctrl-C drains and stops. The reconciler archives the audit log and repairs drift.
     """
     from auction_timer import roles
 
@@ -151,14 +151,29 @@ def gateway(
 
 
 @app.command()
-def reconciler(redis_url: RedisUrl = None, data_dir: DataDir = None, parent: Parent = None) -> None:
-    """Run one reconciler against a Redis: it archives the audit log into SQL (AUCTION_TIMER_AUDIT_URL).
+def reconciler(
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+    once: Annotated[bool, typer.Option("--once", help="One pass, then exit: 0 nothing found, 1 drift, 69 no Redis.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="With --once: print a table of what was found and done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --once: repair nothing.")] = False,
+    parent: Parent = None,
+) -> None:
+    """Run one reconciler against a Redis: it compares every live auction with the audit log, and repairs what drifted.
 
-    Without that URL the archive is `audit.sqlite3` in the data dir.
+    It also archives the audit log into SQL (AUCTION_TIMER_AUDIT_URL); without that URL the archive is `audit.sqlite3` in the
+    data dir. A single pass leaves the repairs to the reconciler that runs, if there is one.
     """
+    settings = _settings(redis_url=redis_url, data_dir=data_dir)
+    if once:
+        from auction_timer import reconcile
+
+        _exit(reconcile.once(settings, printing=report, repairing=not dry_run))
+    if report or dry_run:
+        raise typer.BadParameter("--report and --dry-run go with --once")
     from auction_timer import roles
 
-    _exit(roles.reconciler(_settings(redis_url=redis_url, data_dir=data_dir), parent=parent))
+    _exit(roles.reconciler(settings, parent=parent))
 
 
 def _duration(text: str) -> int:
@@ -243,6 +258,22 @@ def watch(
     from auction_timer import commands
 
     _exit(commands.watch(auction_id, url=url, token=_settings(token=token).token))
+
+
+@app.command()
+def simulate(
+    seed: Annotated[int | None, typer.Option(help="Replays exactly what it did before.", show_default="random")] = None,
+    auctions: Annotated[int, typer.Option(min=1, max=100_000, help="How many auctions there are.")] = 100,
+    days: Annotated[float, typer.Option(min=0.01, max=366, help="Virtual days in which they start.")] = 1,
+    faults: Annotated[bool, typer.Option(help="Crashes, pauses, failovers, clocks that step, calls that get lost.")] = True,
+) -> None:
+    """Run engines and gateways on virtual time against seeded work and faults, and judge what they did.
+
+    Prints SEED first, the hash of everything that happened last. Exit code 1 if a promise was broken.
+    """
+    from auction_timer.simulation import report
+
+    _exit(report.play(seed, auctions=auctions, days=days, faults=faults))
 
 
 @audit_app.command("verify")

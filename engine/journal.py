@@ -112,6 +112,7 @@ class Journal:
         self._offers = dict(offers)
         self._parked = dict(parked or {})
         self._unreadable = dict(unreadable or {})
+        self._registered: set[str] = set()
         self._whole: set[str] = set(edited)
         """The auctions of which every field is written."""
         self._edited = frozenset(edited)
@@ -185,16 +186,16 @@ class Journal:
             self._park_poison(entry, SchemaError(f"detail.fields: {error}"))
             return
         held = self.after.get(auction_id) or self._timers.get(auction_id)
-        auction = true_one(held and held.auction, said and said.auction)
+        auction = true_one(held.auction if held else None, said.auction if said else None)
         if auction is None or auction.version == 0:
             if order.unknown:
-                self._batch.operations.append(Displace(auction_id))
+                self._displace(auction_id, order, context, entry)
             return
         # Whatever version the hash has now, it was not written by a commit: this one does not depend on it.
         self._batch.versions.pop(auction_id, None)
         self._unreadable.pop(auction_id, None)
         self._whole.add(auction_id)
-        ids = held or said
+        ids = said or held
         assert ids is not None
         self.after[auction_id] = replace(ids, auction=auction)
         decision = correct(
@@ -205,8 +206,28 @@ class Journal:
             found_ends_at=order.found_ends_at,
         )
         self._write(decision, context, entry.stream_id)
-        for decision in elapse(decision.after, entry.at):
-            self._write(decision, None, entry.stream_id)
+        for due in elapse(decision.after, entry.at):
+            self._write(due, None, entry.stream_id)
+
+    def _displace(self, auction_id: str, order: Correct, context: Context, entry: Entry) -> None:
+        assert entry.at is not None
+        self._batch.operations.append(Displace(auction_id))
+        self._chain(
+            audit.operation(
+                audit.ENTRY_REMOVED,
+                auction_id=auction_id,
+                prev_status="",
+                new_status="",
+                actor=context.actor,
+                event_id=context.event_id,
+                intake_id=entry.stream_id,
+                trace_id=context.trace_id,
+                correlation_id=context.correlation_id,
+                occurred_at=entry.at,
+                recorded_at=self.now,
+                details={"cause": order.cause},
+            )
+        )
 
     # Offers: a cancellation may name an offer whose auction is not known yet (requirement R19).
 
@@ -273,6 +294,7 @@ class Journal:
         standing = self._record(auction_id)
         if decision.fact is Fact.REGISTERED or decision.fact is Fact.TOMBSTONED:
             assert context is not None
+            self._registered.add(auction_id)
             self._whole.add(auction_id)
             standing = TimerRecord(standing.auction, context.trace_id, context.correlation_id)
         record = TimerRecord(decision.after, standing.trace_id, standing.correlation_id)

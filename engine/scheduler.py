@@ -121,7 +121,7 @@ class Scheduler:
         if now >= self._heartbeat_at:
             self._heartbeat_at = EpochMs(now + self._pace.heartbeat_ms)
             for number, shard in self._shards.items():
-                lines.setdefault(number, []).append(heartbeat_line(self._instance, shard.epoch, now))
+                lines.setdefault(number, []).append(heartbeat_line(self._instance, shard.epoch, now, shard.holding()))
         if lines:
             try:
                 await self._store.publish({number: b"\n".join(rows) for number, rows in lines.items()})

@@ -156,6 +156,12 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9._:-]{1,128}$",
         description="Name of an engine. One that restarts under the same name takes its shards back at once.",
     )
+    reconcile_interval_ms: int = Field(
+        10_000, ge=200, le=3_600_000, description="How often the reconciler compares every live auction with the log, in ms."
+    )
+    reconcile_repairs_max: int = Field(
+        100, ge=0, le=10_000, description="Repairs the reconciler asks for in one pass; more wait for the next one."
+    )
     batch_max: int = Field(
         32,
         ge=1,

@@ -9,6 +9,8 @@ import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import xor
 from typing import Final, Protocol
 from uuid import uuid4
 
@@ -17,7 +19,8 @@ import structlog
 from engine.clock import AuctionClock
 from engine.contract.intake import CommandType, Context, Discard, IntakeEvent, Retry, SchemaError
 from engine.contract.offers import auction_bound_in
-from engine.contract.timers import CorruptTimerError, TimerRecord
+from engine.contract.timers import CorruptTimerError, Holding, TimerRecord, mark
+from engine.domain.correction import VERSION_MAX
 from engine.domain.decide import Decision, Fact
 from engine.domain.events import Register
 from engine.domain.fold import next_due
@@ -89,6 +92,10 @@ class Shard:
     _settled: int = 0
     _checkpoints: deque[str] = field(default_factory=deque)
     _since_checkpoint: int = 0
+    digest: int = 0
+    """Of what is live, as `engine.contract.timers.mark` says."""
+    _edited: set[str] = field(default_factory=set)
+    """Live auctions whose hash was found changed by somebody else; the next commit about them writes it whole."""
     on_room: Callable[[], None] = lambda: None
 
     async def load(self) -> None:
@@ -97,6 +104,7 @@ class Shard:
         self.inbox.clear()
         self.due.clear()
         self.closed.clear()
+        self._edited.clear()
         self._settled = self._doubts
         self.head = await self.store.head(self.number)
         self.read_to = self.head.intake
@@ -116,9 +124,14 @@ class Shard:
             self.calendar.enter(records, tick_now=False)
             await asyncio.sleep(0)  # 100,000 timers take seconds: the heartbeats must go on meanwhile
         self.live = live
+        self.digest = reduce(xor, (mark(record.auction) for record in live.values()), 0)
         self.loaded = True
         self.on_room()
         self.wake.set()
+
+    def holding(self) -> Holding:
+        """What is held, for whoever compares it with what is kept."""
+        return Holding(len(self.live), self.head.chain.seq if self.loaded else 0, self.digest)
 
     def deliver(self, entries: Sequence[Entry]) -> None:
         """Take entries that were read behind `read_to`."""
@@ -212,11 +225,27 @@ class Shard:
                 self._put_back(entries, due, EpochMs(now + UNDRAINED_RETRY_MS))
             case Fenced(epoch):
                 raise ShardLostError(f"shard {self.number} is fenced at epoch {epoch}, ours is {self.epoch}")
+            case Superseded(what, edited, version) if edited is not None and edited in self.live:
+                self.metrics.commit_conflicts.inc()
+                log.warning("commit_superseded", shard=self.number, what=what)
+                self._overrule(self.live[edited], version)
+                self._put_back(entries, due, now)
             case Superseded(what):
                 self.metrics.commit_conflicts.inc()
                 log.warning("commit_superseded", shard=self.number, what=what)
                 self.loaded = False
                 await self.load()
+
+    def _overrule(self, record: TimerRecord, version: int | None) -> None:
+        """Cursor and chain are as we left them, so no engine wrote this hash: what we hold is the log, folded, and stands.
+
+        Only the number is taken over, if it is higher: whoever has seen it must not take what is right for something old.
+        """
+        auction = record.auction
+        if version is not None and auction.version < version < VERSION_MAX:
+            self.live[auction.auction_id] = replace(record, auction=replace(auction, version=version))
+            self.digest ^= mark(auction) ^ mark(self.live[auction.auction_id].auction)
+        self._edited.add(auction.auction_id)
 
     def _take_due(self, horizon: EpochMs) -> list[str]:
         """The auctions whose due instant lies before the horizon, in the order of that instant."""
@@ -251,6 +280,7 @@ class Shard:
             offers,
             parked=await self._parked(readable),
             unreadable=unreadable,
+            edited=self._edited,
             now=now,
             commit_id=uuid4().hex,
         )
@@ -308,6 +338,8 @@ class Shard:
     def _install(self, journal: Journal, head: ShardHead, entries: int, at: EpochMs) -> None:
         self.head = head
         for auction_id, record in journal.after.items():
+            self._edited.discard(auction_id)
+            self.digest ^= mark(self.live[auction_id].auction) if auction_id in self.live else 0
             if next_due(record.auction) is None and record.auction.paused_at is None:
                 self.live.pop(auction_id, None)
                 self.closed[auction_id] = record
@@ -315,6 +347,7 @@ class Shard:
                     self.closed.popitem(last=False)
             else:
                 self.live[auction_id] = record
+                self.digest ^= mark(record.auction)
         self.calendar.enter(journal.after.values(), tick_now=True)
         for outcome, times in Counter(_outcome(decision) for decision, context in journal.decisions if context).items():
             self.metrics.applied[outcome].inc(times)

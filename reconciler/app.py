@@ -1,7 +1,7 @@
 """The reconciler process: loops beside the engine that may fail, wait and try again without any auction noticing.
 
-In this version it archives the audit streams (`reconciler.archiver`) and, where a webhook is set, forwards the outbound
-events to it (`reconciler.forwarder`).
+It compares every live auction with the audit log and asks for repairs (`reconciler.loop`), archives the audit streams
+(`reconciler.archiver`) and, where a webhook is set, forwards the outbound events to it (`reconciler.forwarder`).
 """
 
 import asyncio
@@ -9,20 +9,24 @@ import contextlib
 import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
+from uuid import uuid4
 
 import structlog
 from prometheus_client import CollectorRegistry
 
-from engine.clock import Clock, SystemClock
+from engine.clock import AuctionClock, Clock, SystemClock
+from engine.clock_sync import ClockSync
 from engine.logs import without_secrets
 from engine.settings import Settings, SettingsError
 from engine.store.archive import ArchiveUnavailableError, ArchiveUrlError, AuditArchive, archive_url
 from engine.store.forwarder import ForwarderStore
 from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError
+from engine.store.reconciler_lease import ReconcilerLease
 from engine.store.redis import RedisStore
 from reconciler.archiver import Archiver
 from reconciler.forwarder import Forwarder
+from reconciler.loop import Limits, Reconciler
 from reconciler.metrics import ReconcilerMetrics
 from reconciler.webhook import Webhook
 
@@ -51,6 +55,9 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     metrics = ReconcilerMetrics(registry)
     archiver = Archiver(store, archive, metrics, shards=settings.shards, retained=settings.audit_retained)
     forwarder = _forwarder(settings, store, clock, metrics)
+    auction_clock = AuctionClock(clock)
+    sync = ClockSync(auction_clock, store.time_us)
+    reconciler = made(settings, store, archive, auction_clock, metrics)
     stop = asyncio.Event()
     running = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,7 +65,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     log.info("reconciler_starting", redis=without_secrets(settings.redis_url), archive=archive.shown)
     try:
         if await _until(stop, lambda: _admitted(store, settings.shards)):
-            await _until(stop, lambda: _together(_loops(archiver, forwarder)))
+            await _until(stop, lambda: _together(_loops(archiver, forwarder, sync, reconciler)))
             await _finish(archiver)
     finally:
         await archive.close()
@@ -66,9 +73,31 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     log.info("reconciler_stopped")
 
 
-def _loops(archiver: Archiver, forwarder: Forwarder | None) -> list[Loop]:
+def _loops(archiver: Archiver, forwarder: Forwarder | None, sync: ClockSync, reconciler: Reconciler) -> list[Loop]:
     """What runs until the stop. A loop waits out what is away; if it ends or raises, the process ends and says why."""
-    return [archiver.run] if forwarder is None else [archiver.run, forwarder.run]
+
+    async def reconcile() -> None:
+        await sync.start()
+        await reconciler.run()
+
+    forwarding = [] if forwarder is None else [forwarder.run]
+    return [archiver.run, *forwarding, sync.run, reconcile]
+
+
+def made(
+    settings: Settings, store: RedisStore, archive: AuditArchive, clock: AuctionClock, metrics: ReconcilerMetrics
+) -> Reconciler:
+    """A reconciler on a store, as the settings say."""
+    limits = Limits(
+        interval_ms=settings.reconcile_interval_ms,
+        repairs_max=settings.reconcile_repairs_max,
+        lease_ms=settings.lease_ms,
+        heartbeat_ms=settings.heartbeat_ms,
+    )
+    lease = ReconcilerLease(store.link)
+    # Not the instance alone: two that share it must not take the lease for their own.
+    holder = f"{settings.instance}-{uuid4().hex[:8]}"
+    return Reconciler(store, lease, archive, clock, metrics, holder=holder, shards=settings.shards, limits=limits)
 
 
 def _forwarder(settings: Settings, store: RedisStore, clock: Clock, metrics: ReconcilerMetrics) -> Forwarder | None:

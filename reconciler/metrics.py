@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.contract import metrics as catalogue
 from engine.metrics import Metrics
+from reconciler.drift import DriftKind
 
 
 class ReconcilerMetrics:
@@ -14,6 +15,9 @@ class ReconcilerMetrics:
         self.archive_lag = made.gauge(catalogue.ARCHIVE_LAG)
         self.archive_refused = made.gauge(catalogue.ARCHIVE_REFUSED)
         self.webhook_lag = made.gauge(catalogue.WEBHOOK_LAG)
+        self.pass_ms = made.histogram(catalogue.PASS_MS)
+        self.drift_ms = made.histogram(catalogue.DRIFT, "reconciler")
+        self.corrections = {kind: made.counter(catalogue.CORRECTIONS, kind.value) for kind in DriftKind}
         self.webhook_deliveries = {
             outcome: made.counter(catalogue.WEBHOOK_DELIVERIES, outcome)
             for outcome in ("delivered", "retried", "undelivered", "lost")

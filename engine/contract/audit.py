@@ -15,7 +15,8 @@ from typing import Final
 import orjson
 
 from engine.contract.intake import Actor
-from engine.domain.decide import Decision
+from engine.contract.timers import moving_fields
+from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 
@@ -58,6 +59,7 @@ def record(
     """The audit record of a decision that has a fact, not yet chained (fields of requirement R26, and our own)."""
     assert decision.fact is not None
     before, after = decision.before.status, decision.after.status
+    details: dict[str, object] = decision.details | _kept(decision)
     return {
         "event_type": decision.fact.value,
         "auction_id": decision.after.auction_id,
@@ -72,8 +74,18 @@ def record(
         "trace_id": trace_id,
         "event_id": event_id,
         "intake_id": intake_id,
-        "details": orjson.dumps(decision.details).decode(),
+        "details": orjson.dumps(details).decode(),
     }
+
+
+def _kept(decision: Decision) -> dict[str, object]:
+    """What a later fold of the log needs beyond the details: what a registration froze, what a correction stated."""
+    registration = decision.after.registration
+    if decision.fact is Fact.REGISTERED and registration is not None:
+        return {"starts_at": registration.starts_at, "policy": registration.policy, "offer": registration.offer}
+    if decision.fact is Fact.CORRECTED:
+        return {"timer": moving_fields(decision.after)}
+    return {}
 
 
 def operation(
@@ -131,6 +143,8 @@ def as_json(fields: Mapping[str, str]) -> dict[str, object]:
 
 OPERATOR_CANCEL: Final = "OPERATOR_CANCEL"
 OPERATOR_RETRY: Final = "OPERATOR_RETRY"
+ENTRY_REMOVED: Final = "deadline_entry_removed"
+"""A sorted set named an auction that the log knows nothing of."""
 
 
 def verify(records: list[dict[str, str]], head: ChainHead | None = None) -> int | None:

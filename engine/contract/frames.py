@@ -23,6 +23,7 @@ TIMER_PAUSED: Final = "timer.paused"
 TIMER_RESUMED: Final = "timer.resumed"
 TIMER_ENDED: Final = "timer.ended"
 TIMER_CANCELLED: Final = "timer.cancelled"
+TIMER_RESYNCED: Final = "timer.resynced"
 BID_ACCEPTED: Final = "bid.accepted"
 
 OVER: Final = frozenset({TIMER_ENDED, TIMER_CANCELLED})
@@ -63,6 +64,7 @@ _FRAME_OF: Final[dict[Fact, str]] = {
     Fact.ENDED: TIMER_ENDED,
     Fact.CANCELLED: TIMER_CANCELLED,
     Fact.OFFER_CANCELLED: TIMER_CANCELLED,
+    Fact.CORRECTED: TIMER_RESYNCED,
 }
 
 _ADDED: Final[dict[Fact, tuple[str, ...]]] = {
@@ -72,6 +74,7 @@ _ADDED: Final[dict[Fact, tuple[str, ...]]] = {
     Fact.PAUSED: ("reason",),
     Fact.CANCELLED: ("reason",),
     Fact.OFFER_CANCELLED: ("reason",),
+    Fact.CORRECTED: ("cause", "previous_ends_at"),
 }
 
 
@@ -88,6 +91,8 @@ def announce(
         "occurred_at": decision.at,
     }
     updates: list[Update] = []
+    if fact is Fact.CORRECTED and record.auction.status.is_terminal:
+        return updates  # its end was announced, and is not announced twice
     if fact is Fact.BID_ACCEPTED or fact is Fact.EXTENDED:
         updates.append(_update(BID_ACCEPTED, record, head | _bid(decision)))
     if fact is not None and (frame := _FRAME_OF.get(fact)) is not None:

@@ -46,6 +46,7 @@ class CommandType(StrEnum):
     OFFER_CANCEL_REQUESTED = "offers.cancel.requested"
     RETRY_REQUESTED = "troubleshooting.retry.requested"
     DISCARD_REQUESTED = "troubleshooting.cancel.requested"
+    CORRECTION_REQUESTED = "timers.correction.requested"
     RESYNC_REPORTED = "timers.resync.reported"
 
 
@@ -106,8 +107,25 @@ class Resync:
     rtt_ms: int | None = None
 
 
-Request = Retry | Discard | Resync
-"""What gateways ask of a shard and the domain knows nothing of."""
+@dataclass(frozen=True, slots=True)
+class Correct:
+    """The reconciler asks that what is kept of an auction be brought back to what the log says (architecture section 9).
+
+    `fields` is the whole hash as the fold of the audit log has it; empty where the log could not be read, and then what the
+    engine holds is written anew. `unknown`: a log that was read whole knows no such auction, so that, if the engine holds
+    none either, its place in the sorted sets goes. `found_version` and `found_ends_at` are what the hash said when it was
+    found damaged; 0 and None if that could not be read.
+    """
+
+    cause: str
+    fields: Mapping[str, str]
+    found_version: int = 0
+    found_ends_at: EpochMs | None = None
+    unknown: bool = False
+
+
+Request = Retry | Discard | Resync | Correct
+"""What gateways and the reconciler ask of a shard, and no transition of the life cycle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +251,9 @@ class _Fields:
             raise self._wrong(name, "a list of strings")
         return tuple(value)
 
+    def all_texts(self) -> dict[str, str]:
+        return {name: self.text(name) for name in self._raw}
+
     def integer(self, name: str) -> int:
         value = self._raw.get(name)
         if type(value) is not int:
@@ -343,6 +364,16 @@ def _withdraw(_auction_id: str, detail: _Fields) -> Withdraw:
     )
 
 
+def _correct(_auction_id: str, detail: _Fields) -> Correct:
+    return Correct(
+        detail.reason("cause"),
+        detail.fields("fields").all_texts(),
+        detail.integer("found_version"),
+        detail.instant_or_none("found_ends_at"),
+        detail.flag("unknown"),
+    )
+
+
 _ABOUT_A_COMMAND: Final = frozenset({CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED})
 _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Request]]] = {
     EventType.AUCTION_STARTED: _register,
@@ -360,4 +391,5 @@ _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Request]]] = {
     CommandType.RESYNC_REPORTED: lambda _id, detail: Resync(
         detail.integer("drift_ms"), detail.integer_or_none("rtt_ms")
     ),
+    CommandType.CORRECTION_REQUESTED: _correct,
 }

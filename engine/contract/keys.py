@@ -10,6 +10,12 @@ META: Final = "auction:meta"
 ENGINES: Final = "auction:engines"
 """Hash: the beats of every engine that runs, by its name."""
 
+RECONCILIATIONS: Final = "auction:timer:reconciliations"
+"""Stream: what the reconciler found, what it did about it, and why."""
+
+RECONCILER: Final = "auction:reconciler"
+"""The lease of the one reconciler that acts."""
+
 SHARDS_MAX: Final = 1024
 
 

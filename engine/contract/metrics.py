@@ -52,7 +52,8 @@ EARLY_CLOSES: Final = Metric(
 DRIFT: Final = Metric(
     "auctions_timer_drift_ms",
     Kind.HISTOGRAM,
-    "Distance of a clock from the auction clock: `engine` and `gateway` their own estimate, `client` what bidders saw.",
+    "Distance of a clock from the auction clock: `engine` and `gateway` their own estimate, `client` what bidders saw; "
+    "`reconciler`: of an auction's end, between what is kept and what the audit log says.",
     "Above 250 ms for engine or gateway: a clock stepped; check time synchronisation on the hosts and on Redis.",
     labels=("source",),
     buckets=DRIFT_BUCKETS_MS,
@@ -201,10 +202,27 @@ WEBHOOK_LAG: Final = Metric(
     "at a time, so let the receiver accept first and work later, or post fewer types (AUCTION_TIMER_WEBHOOK_TYPES).",
 )
 
+CORRECTIONS: Final = Metric(
+    "auctions_timer_corrections_total",
+    Kind.COUNTER,
+    "Drifts that the reconciler found and asked to repair or, where no event can mend them, wrote down; by what was wrong.",
+    "Read `auction:timer:reconciliations`: each has its cause, before, after and evidence. `heartbeat_frozen`, "
+    "`engine_silent`: look at that engine. `cap_breached`, `memory_differs`, `log_missing`: must be 0; keep Redis as it is and report a bug. "
+    "The others: somebody or something writes to Redis besides the engine; find out who.",
+    labels=("kind",),
+)
+PASS_MS: Final = Metric(
+    "auctions_reconciler_pass_ms",
+    Kind.HISTOGRAM,
+    "How long the reconciler's passes over all live auctions took.",
+    "Near AUCTION_TIMER_RECONCILE_INTERVAL_MS: too many live auctions for one reconciler at this interval; raise it.",
+    buckets=LATENESS_BUCKETS_MS,
+)
+
 ENGINE: Final = (
     TICK_DELAY, CLOSE_LATENESS, EARLY_CLOSES, DRIFT, ACTIVE, EXTENSIONS, TRIGGER_LAG, INTAKE_LAG, APPLIED,
     COMMIT_CONFLICTS, STORE_RETRIES, PARKED, OFFER_CANCELLATIONS, OFFER_CANCELLATION_SUCCESS,
 )  # fmt: skip
 GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, RESYNCS, DRIFT)
-RECONCILER: Final = (ARCHIVE_LAG, ARCHIVE_REFUSED, WEBHOOK_DELIVERIES, WEBHOOK_LAG)
-CATALOGUE: Final = (*ENGINE, *(metric for metric in GATEWAY if metric not in ENGINE), *RECONCILER)
+RECONCILER: Final = (ARCHIVE_LAG, ARCHIVE_REFUSED, WEBHOOK_DELIVERIES, WEBHOOK_LAG, CORRECTIONS, PASS_MS, DRIFT)
+CATALOGUE: Final = tuple(dict.fromkeys((*ENGINE, *GATEWAY, *RECONCILER)))

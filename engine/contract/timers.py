@@ -4,10 +4,11 @@ Every moving value is a plain field of the hash, readable by a person with `HGET
 JSON fields, `policy` and `offer`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
+from zlib import crc32
 
 import orjson
 
@@ -89,6 +90,11 @@ def moving_fields(auction: Auction) -> dict[str, str]:
 
 def _text(value: int | str | None) -> str:
     return "" if value is None else str(value)
+
+
+def from_fields(fields: Mapping[str, str]) -> TimerRecord | None:
+    """Read one auction from the fields of its hash. Raises as `from_row` does."""
+    return from_row([fields[name].encode() if name in fields else None for name in FIELDS])
 
 
 def from_row(row: Sequence[bytes | None]) -> TimerRecord | None:
@@ -242,6 +248,28 @@ def tick_line(record: TimerRecord, server_time: EpochMs) -> bytes:
     return b"%b %d %b" % (auction.auction_id.encode(), auction.version, frame)
 
 
-def heartbeat_line(instance: str, epoch: int, server_time: EpochMs) -> bytes:
-    """A line of the tick lane that is no tick: the shard's engine is alive. `!` cannot begin an auction id."""
-    return b"! %b %d %d" % (instance.encode(), epoch, server_time)
+def mark(auction: Auction) -> int:
+    """A number that tells this state of an auction from others; those of a shard's live auctions, XORed, are its digest."""
+    return crc32(f"{auction.auction_id} {auction.version} {auction.status} {auction.ends_at}".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What an engine holds of a shard: how many live auctions, as of which audit record, and the digest of them."""
+
+    live: int
+    seq: int
+    digest: int
+
+
+NOTHING: Final = Holding(0, 0, 0)
+
+
+def heartbeat_line(instance: str, epoch: int, server_time: EpochMs, holding: Holding = NOTHING) -> bytes:
+    """A line of the tick lane that is no tick: the shard's engine is alive, and this is what it holds.
+
+    `!` cannot begin an auction id, and the time comes last: that is all a gateway reads.
+    """
+    return b"! %b %d %d %d %x %d" % (
+        instance.encode(), epoch, holding.live, holding.seq, holding.digest, server_time,
+    )  # fmt: skip

@@ -55,6 +55,7 @@ class Fact(StrEnum):
     EXTENDED = "auction_timer_extended"
     BID_ACCEPTED = "bid_accepted"
     LATE_BID_IGNORED = "late_bid_ignored"
+    CORRECTED = "auction_timer_corrected"
 
 
 @dataclass(frozen=True, slots=True)

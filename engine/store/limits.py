@@ -21,5 +21,7 @@ class StoreLimits:
     """Commands in troubleshooting; beyond, producers are refused, so that nothing has to be dropped."""
     replies_max: int = 1_000
     """Answers kept for one who asked and has not read them."""
+    reconciliations_max: int = 10_000
+    """Entries of the stream of reconciliations, which is one for all shards."""
     closed_retention_ms: int = 30 * 24 * HOUR_MS
     """How long a closed auction can be read, and replays of its start are recognised as such."""

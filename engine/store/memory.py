@@ -6,7 +6,7 @@ injected into the other.
 
 import asyncio
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,6 +15,7 @@ from engine.contract.audit import ChainHead
 from engine.contract.cursors import START, stream_order
 from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
 from engine.domain.instants import EpochMs
+from engine.store.limits import StoreLimits
 from engine.store.protocol import (
     Announce,
     Appended,
@@ -24,6 +25,7 @@ from engine.store.protocol import (
     CommitResult,
     Committed,
     DeploymentMismatchError,
+    Displace,
     Draft,
     Early,
     Entry,
@@ -33,6 +35,7 @@ from engine.store.protocol import (
     KeepOutcome,
     Lease,
     News,
+    Observed,
     Operation,
     Park,
     PlaceClosed,
@@ -45,6 +48,7 @@ from engine.store.protocol import (
     ReplyEntry,
     Requeue,
     ShardHead,
+    Standing,
     Superseded,
     Undrained,
     Unpark,
@@ -103,6 +107,7 @@ class MemoryStore:
         self._listeners: list[asyncio.Queue[tuple[int, bytes]]] = []
         self.shards: defaultdict[int, ShardMemory] = defaultdict(ShardMemory)
         self.members: dict[str, int] = {}
+        self.reconciliations: deque[dict[str, str]] = deque(maxlen=StoreLimits().reconciliations_max)
         self.replies: defaultdict[str, list[tuple[str, str, bytes]]] = defaultdict(list)
 
     def _stamp(self, memory: ShardMemory, est: EpochMs) -> EpochMs:
@@ -222,7 +227,8 @@ class MemoryStore:
             return Superseded(f"cursor {memory.intake_cursor}, audit {memory.chain.seq}")
         for auction_id, version in batch.versions.items():
             if memory.timers.get(auction_id, {}).get("version", "0") != str(version):
-                return Superseded(auction_id)
+                found = memory.timers.get(auction_id, {}).get("version", "0")
+                return Superseded(auction_id, auction_id, int(found) if found.isdigit() else None)
         at = self._stamp(memory, batch.est)
         if batch.due_at is not None:
             if at < batch.due_at:
@@ -251,6 +257,9 @@ class MemoryStore:
                 memory.audit.append(dict(fields))
             case Announce(update_type, auction_id, version, body):
                 memory.updates.append(UpdateEntry(memory.next_id(), update_type, auction_id, version, body))
+            case Displace(auction_id):
+                for group in (Group.LIVE, Group.PAUSED, Group.CLOSED):
+                    memory.groups[group].pop(auction_id, None)
             case BindOffer(offer_id, value, forget):
                 if not forget or memory.offers.get(offer_id, value) == value:
                     memory.offers[offer_id] = value
@@ -308,6 +317,24 @@ class MemoryStore:
     async def trim_audit(self, shard: int, before: str) -> None:
         memory = self.shards[shard]
         memory.audit = [record for record in memory.audit if stream_order(_audit_id(record)) >= stream_order(before)]
+
+    async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
+        memory = self.shards[shard]
+        standings = {
+            auction_id: Standing(
+                _timer(memory.timers.get(auction_id)),
+                {
+                    group: memory.groups[group][auction_id]
+                    for group in (Group.LIVE, Group.PAUSED, Group.CLOSED)
+                    if auction_id in memory.groups[group]
+                },
+            )
+            for auction_id in auction_ids
+        }
+        return Observed(memory.chain, EpochMs(memory.last_at), standings)
+
+    async def record_reconciliation(self, fields: Mapping[str, str]) -> None:
+        self.reconciliations.append(dict(fields))
 
     async def publish(self, lines: Mapping[int, bytes]) -> None:
         for listener in self._listeners:

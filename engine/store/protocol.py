@@ -114,6 +114,13 @@ class PlaceClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class Displace:
+    """Nothing stands where an auction of this id would: it has no deadline, no pause and no end."""
+
+    auction_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """Append an audit record, already chained."""
 
@@ -192,6 +199,7 @@ Operation = (
     | PlaceLive
     | PlacePaused
     | PlaceClosed
+    | Displace
     | Record
     | Announce
     | Reply
@@ -244,9 +252,14 @@ class Fenced:
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """The shard or an auction is not where the batch was built on; load it again."""
+    """The shard is not where the batch was built on: load it again. With an `auction_id` only that auction's hash is not.
+
+    `version` is the one its hash has instead (0 if there is no hash, None if it is no number).
+    """
 
     what: str
+    auction_id: str | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +344,24 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What is kept of one auction outside the log: its hash, and its score in each of the ordered sets it may stand in."""
+
+    record: TimerRecord | CorruptTimerError | None
+    scores: Mapping[Group, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Auctions of one shard, and the place in its audit log as of which they stand so, read in one step."""
+
+    chain: ChainHead
+    at: EpochMs
+    """The last stamp of the shard."""
+    standings: Mapping[str, Standing]
+
+
+@dataclass(frozen=True, slots=True)
 class AuditEntry:
     """A record of the audit stream as it was read: every field of it, `hash` included."""
 
@@ -355,6 +386,36 @@ class AuditStore(Protocol):
 
     async def head(self, shard: int) -> ShardHead:
         """Where the fold of the shard stands: its `chain` is the last record's `seq` and `hash`."""
+        ...
+
+
+class ReconcilerStore(AuditStore, Protocol):
+    """The reconciler's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
+
+    async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
+        """These auctions as they are kept, with the head of the audit log in the same instant."""
+        ...
+
+    async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
+        """See `ViewStore`."""
+        ...
+
+    async def lease(self, shard: int) -> Lease:
+        """The lease of the shard, as it stands."""
+        ...
+
+    async def append(
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+    ) -> list[Appended]:
+        """See `Intake`."""
+        ...
+
+    async def record_reconciliation(self, fields: Mapping[str, str]) -> None:
+        """Append to the stream of reconciliations, which keeps the last ones only (`StoreLimits.reconciliations_max`)."""
+        ...
+
+    def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """See `ViewStore`."""
         ...
 
 

@@ -23,6 +23,7 @@ from engine.store.protocol import (
     CommitResult,
     Committed,
     DeploymentMismatchError,
+    Displace,
     Draft,
     Early,
     Entry,
@@ -32,6 +33,7 @@ from engine.store.protocol import (
     KeepOutcome,
     Lease,
     News,
+    Observed,
     Operation,
     Park,
     PlaceClosed,
@@ -44,6 +46,7 @@ from engine.store.protocol import (
     ReplyEntry,
     Requeue,
     ShardHead,
+    Standing,
     StoreUnavailableError,
     Superseded,
     Undrained,
@@ -51,7 +54,7 @@ from engine.store.protocol import (
     UpdateEntry,
     View,
 )
-from engine.store.scripts import APPEND, CLAIM, COMMIT, RELEASE, RENEW, ROWS, VIEW, Script
+from engine.store.scripts import APPEND, CLAIM, COMMIT, OBSERVE, RELEASE, RENEW, ROWS, VIEW, Script
 
 SCHEMA_VERSION: Final = "1"
 PAGE_MAX: Final = 1_000
@@ -254,7 +257,7 @@ class RedisStore:
             case b"FENCED":
                 return Fenced(int(answer[1]))
             case b"SUPERSEDED":
-                return Superseded(answer[1].decode())
+                return _superseded(batch, answer[1:])
             case b"EARLY":
                 return Early(int(answer[1]))
             case b"UNDRAINED":
@@ -333,6 +336,32 @@ class RedisStore:
 
     async def trim_audit(self, shard: int, before: str) -> None:
         await self._read("XTRIM", self._keys(shard).audit, "MINID", "=", before)
+
+    # The reconciler's side.
+
+    async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
+        names = self._keys(shard)
+        key_names = [names.cursor, names.deadlines, names.paused, names.closed, *map(names.timer, auction_ids)]
+        seq, chain_hash, at, *rows = await self._run(OBSERVE, key_names, [len(FIELDS), *FIELDS, *auction_ids])
+        groups = (Group.LIVE, Group.PAUSED, Group.CLOSED)
+        standings = {
+            auction_id: Standing(
+                _timer(row[3:]),
+                {
+                    group: int(float(score))
+                    for group, score in zip(groups, row[:3], strict=True)
+                    if score is not None
+                },
+            )
+            for auction_id, row in zip(auction_ids, rows, strict=True)
+        }
+        return Observed(ChainHead(int(seq), chain_hash.decode() or GENESIS), EpochMs(int(at)), standings)
+
+    async def record_reconciliation(self, fields: Mapping[str, str]) -> None:
+        pairs = [text for pair in fields.items() for text in pair]
+        await self._read(
+            "XADD", keys.RECONCILIATIONS, "MAXLEN", "~", self.limits.reconciliations_max, "*", *pairs
+        )
 
     # The gateway's side.
 
@@ -453,6 +482,14 @@ def _timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | Non
         return error
 
 
+def _superseded(batch: Batch, answer: Sequence[Any]) -> Superseded:
+    what = answer[0].decode()
+    if len(answer) == 1:
+        return Superseded(what)
+    auction_id = list(batch.versions)[int(answer[1]) - 1]
+    return Superseded(what, auction_id, int(answer[2]) if _is_instant(answer[2]) else None)
+
+
 def _entry(stream_id: bytes, values: list[bytes]) -> Entry:
     if values[::2] == [b"at", b"id", b"body"] and _is_instant(values[1]):
         return Entry(stream_id.decode(), EpochMs(int(values[1])), values[3].decode(errors="replace"), values[5])
@@ -529,6 +566,8 @@ def _spell_operation(operation: Operation, names: ShardKeys, key: Any, args: lis
             args += ("P", 2, auction_id, paused_at)
         case PlaceClosed(auction_id, closed_at):
             args += ("C", 3, auction_id, closed_at, key(names.timer_prefix + auction_id))
+        case Displace(auction_id):
+            args += ("Z", 1, auction_id)
         case BindOffer(offer_id, value, forget):
             args += ("O", 3, key(names.offer_prefix + offer_id), value, int(forget))
         case Reply() | KeepOutcome() | Park() | Unpark() | Requeue():

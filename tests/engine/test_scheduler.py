@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from engine import scheduler as scheduler_module
 from engine.clock import AuctionClock
 from engine.contract.keys import shard_of
-from engine.contract.timers import TimerRecord
+from engine.contract.timers import Holding, TimerRecord
 from engine.domain.auction import Auction, Registration
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
@@ -38,6 +38,10 @@ class HeldShard:
     live: dict[str, TimerRecord] = field(default_factory=dict)
     fell_due: list[tuple[int, str]] = field(default_factory=list)
     """When each auction was proposed."""
+
+    def holding(self) -> Holding:
+        """See `Shard`."""
+        return Holding(len(self.live), 12, 0xBEEF)
 
     def fall_due(self, auction_ids: list[str]) -> None:
         """See `Shard`."""
@@ -412,8 +416,9 @@ def test_every_shard_has_a_heartbeat_each_second() -> None:
         beats = [(when, line) for when, shard, line in rig.published if shard == number]
         assert len(beats) == 11
         for when, line in beats:
-            mark, instance, epoch, server_time = line.split()
+            mark, instance, epoch, live, seq, digest, server_time = line.split()
             assert (mark, instance, int(epoch)) == (b"!", INSTANCE.encode(), 7 + number)
+            assert (live, seq, digest) == (b"0", b"12", b"beef")
             assert int(server_time) == when
         gaps = [later - earlier for (earlier, _), (later, _) in pairwise(beats)]
         assert all(1_000 <= gap <= 1_010 for gap in gaps)

@@ -16,6 +16,7 @@
 --        L id, score                      live: deadline
 --        P id, score                      paused: no deadline
 --        C id, score, key                 closed: no deadline, hash kept for the retention
+--        Z id                             stands in none of the three
 --        A field, value, ...              audit record
 --        U type, id, version, body        event lane
 --        R key, outcome, command id, body reply
@@ -24,7 +25,8 @@
 --        E id, body, attempts, first seen at  end of the intake, stamped with this commit
 --        K key, body                      outcome of a command
 --        O key, value, forget             offer binding
--- Returns {"OK", stamp} | {"FENCED", epoch} | {"SUPERSEDED", what} | {"EARLY", ms} | {"UNDRAINED"}
+-- Returns {"OK", stamp} | {"FENCED", epoch} | {"EARLY", ms} | {"UNDRAINED"}
+--         {"SUPERSEDED", what}, and if it is a hash that is not of its version, also which of the guards, and that version
 --
 -- allow-oom: a close must commit when the server is out of memory; what it adds is bounded, what it frees is not less.
 local lease, cursor, events, deadlines, paused, closed = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -46,11 +48,11 @@ if (head[2] or '0') ~= ARGV[6] then
 end
 
 local arg = 16
-for _ = 1, tonumber(ARGV[15]) do
+for n = 1, tonumber(ARGV[15]) do
   local key = KEYS[tonumber(ARGV[arg])]
   local version = redis.call('HGET', key, 'version') or '0'
   if version ~= ARGV[arg + 1] then
-    return {'SUPERSEDED', key .. ' version ' .. version}
+    return {'SUPERSEDED', key .. ' version ' .. version, n, version}
   end
   arg = arg + 2
 end
@@ -103,6 +105,10 @@ while arg <= count do
     redis.call('ZREM', paused, ARGV[a])
     redis.call('ZADD', closed, ARGV[a + 1], ARGV[a])
     redis.call('PEXPIRE', KEYS[tonumber(ARGV[a + 2])], retention)
+  elseif op == 'Z' then
+    redis.call('ZREM', deadlines, ARGV[a])
+    redis.call('ZREM', paused, ARGV[a])
+    redis.call('ZREM', closed, ARGV[a])
   elseif op == 'R' then
     local key = KEYS[tonumber(ARGV[a])]
     redis.call('XADD', key, 'MAXLEN', '~', replies_max, '*',

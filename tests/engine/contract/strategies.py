@@ -12,6 +12,7 @@ from engine.contract.intake import (
     Actor,
     CommandType,
     Context,
+    Correct,
     Discard,
     EventType,
     IntakeEvent,
@@ -98,6 +99,11 @@ def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrate
             return st.builds(Retry, texts, maybe_texts)
         case CommandType.DISCARD_REQUESTED:
             return st.builds(Discard, texts, reasons)
+        case CommandType.CORRECTION_REQUESTED:
+            fields = st.dictionaries(st.sampled_from(["auction_id", "status", "version"]), st.text(max_size=8))
+            return st.builds(
+                Correct, reasons, fields, st.integers(0, 2**53), st.none() | instants, st.booleans()
+            )
         case CommandType.RESYNC_REPORTED:
             return st.builds(Resync, st.integers(-(2**53), 2**53), st.none() | st.integers(0, 2**53))
 

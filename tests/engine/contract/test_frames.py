@@ -11,6 +11,7 @@ from engine.contract.frames import OVER, Update, announce, blocked, is_frame
 from engine.contract.intake import Actor
 from engine.contract.timers import TimerRecord, timer
 from engine.domain.auction import Auction, Offer
+from engine.domain.correction import correct
 from engine.domain.decide import Decision, Fact, decide
 from engine.domain.events import Bid, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.fold import fold
@@ -60,6 +61,7 @@ ANNOUNCED: Final[dict[Fact, list[tuple[str, set[str]]]]] = {
     ],
     Fact.BID_ACCEPTED: [("bid.accepted", BID)],
     Fact.LATE_BID_IGNORED: [],
+    Fact.CORRECTED: [("timer.resynced", {"timer", "cause", "previous_ends_at"})],
 }
 
 
@@ -92,6 +94,9 @@ DECISIONS: Final[dict[Fact, Decision]] = {
     Fact.EXTENDED: told(Status.CLOSING, Trigger.BID),
     Fact.BID_ACCEPTED: told(Status.ACTIVE, Trigger.BID),
     Fact.LATE_BID_IGNORED: told(Status.ENDED, Trigger.BID),
+    Fact.CORRECTED: correct(
+        IN_STATUS[Status.CLOSING][0], NOW, cause="hash_changed", found_version=9, found_ends_at=None
+    ),
 }
 
 
@@ -316,6 +321,14 @@ def test_any_history_is_announced_in_full(log: Log) -> None:
 def test_the_examples_cover_every_fact() -> None:
     """No fact can be added without saying what it announces."""
     assert set(ANNOUNCED) == set(DECISIONS) == set(Fact)
+
+
+@pytest.mark.requirement("B1")
+@pytest.mark.parametrize("status", [Status.ENDED, Status.CANCELLED])
+def test_the_correction_of_what_is_over_is_not_announced(status: Status) -> None:
+    """Its end was announced, and once."""
+    corrected = correct(IN_STATUS[status][0], NOW, cause="hash_changed", found_version=0, found_ends_at=None)
+    assert announced(corrected) == []
 
 
 def test_a_bid_without_details_is_announced_with_nulls() -> None:

@@ -16,6 +16,7 @@ from engine.contract.intake import (
     Actor,
     CommandType,
     Context,
+    Correct,
     Discard,
     EventType,
     IntakeEvent,
@@ -102,6 +103,10 @@ EVENTS = {
     ),
     CommandType.RETRY_REQUESTED: ({"command_id": "bid-9", "reason": "known now"}, Retry("bid-9", "known now")),
     CommandType.DISCARD_REQUESTED: ({"command_id": "bid-9", "reason": "a test"}, Discard("bid-9", "a test")),
+    CommandType.CORRECTION_REQUESTED: (
+        {"cause": "hash_changed", "fields": {"status": "ACTIVE"}, "found_version": 9, "found_ends_at": 5, "unknown": False},
+        Correct("hash_changed", {"status": "ACTIVE"}, 9, EpochMs(5)),
+    ),
     CommandType.RESYNC_REPORTED: ({"drift_ms": -740, "rtt_ms": 38}, Resync(-740, 38)),
 }
 Type = EventType | CommandType
@@ -129,7 +134,7 @@ def read(body: Any) -> IntakeEvent:
 
 
 def test_the_event_types_are_the_published_ones() -> None:
-    """Seven types come from producers, spelled as in the contract; four more are made from requests."""
+    """Seven types come from producers, spelled as in the contract; five more are made by us."""
     assert [event_type.value for event_type in EventType] == [
         "offers.auction.started",
         "auctions.bid.accepted",
@@ -145,6 +150,7 @@ def test_the_event_types_are_the_published_ones() -> None:
         "troubleshooting.retry.requested",
         "troubleshooting.cancel.requested",
         "timers.resync.reported",
+        "timers.correction.requested",
     }
 
 
@@ -350,6 +356,12 @@ WITHDRAWAL = EVENTS[CommandType.OFFER_CANCEL_REQUESTED][0]
         (CommandType.RETRY_REQUESTED, {"command_id": None}, "detail.command_id is not a string"),
         (CommandType.RETRY_REQUESTED, {"reason": 1}, "detail.reason is not a string"),
         (CommandType.DISCARD_REQUESTED, {"command_id": 7}, "detail.command_id is not a string"),
+        (CommandType.CORRECTION_REQUESTED, {"cause": ""}, "detail.cause is not 1-500 characters"),
+        (CommandType.CORRECTION_REQUESTED, {"fields": None}, "detail.fields is not an object"),
+        (CommandType.CORRECTION_REQUESTED, {"fields": {"version": 3}}, "fields.version is not a string"),
+        (CommandType.CORRECTION_REQUESTED, {"found_version": "9"}, "detail.found_version is not an integer"),
+        (CommandType.CORRECTION_REQUESTED, {"found_ends_at": 0}, "detail.found_ends_at is not an instant in"),
+        (CommandType.CORRECTION_REQUESTED, {"unknown": None}, "detail.unknown is not true or false"),
         (CommandType.RESYNC_REPORTED, {"drift_ms": None}, "detail.drift_ms is not an integer"),
         (CommandType.RESYNC_REPORTED, {"drift_ms": 0.5}, "detail.drift_ms is not an integer"),
         (CommandType.RESYNC_REPORTED, {"rtt_ms": "1"}, "detail.rtt_ms is not an integer"),

@@ -1,5 +1,6 @@
 """Tests for engine.contract.timers."""
 
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
@@ -11,10 +12,13 @@ from engine.contract.intake import AUCTION_ID
 from engine.contract.timers import (
     FIELDS,
     CorruptTimerError,
+    Holding,
     TimerRecord,
     as_of,
+    from_fields,
     from_row,
     heartbeat_line,
+    mark,
     moving_fields,
     soft_close_until,
     tick_line,
@@ -417,10 +421,32 @@ def test_a_tick_line_to_the_letter() -> None:
 
 
 def test_a_heartbeat_is_no_tick() -> None:
-    """A heartbeat begins with a mark that no auction id can begin with, and carries instance, epoch and time."""
-    mark, *rest = heartbeat_line("engine-1", 7, T0).split(b" ")
-    assert rest == [b"engine-1", b"7", str(T0).encode()]
-    assert not AUCTION_ID.match(mark.decode())
+    """It begins with a sign that no auction id can begin with; instance, epoch, what is held, and last the time."""
+    sign, *rest = heartbeat_line("engine-1", 7, T0, Holding(3, 41, 0xBEEF)).split(b" ")
+    assert rest == [b"engine-1", b"7", b"3", b"41", b"beef", str(T0).encode()]
+    assert not AUCTION_ID.match(sign.decode())
+
+
+def test_a_mark_tells_states_apart() -> None:
+    """Another version, status, end or auction has another mark; the same state has the same."""
+    auction = IN_STATUS[Status.CLOSING][0]
+    others = [
+        replace(auction, version=auction.version + 1),
+        replace(auction, status=Status.ACTIVE),
+        replace(auction, ends_at=EpochMs(auction.ends_at + 1)),
+        replace(auction, auction_id="lot-8"),
+    ]
+    assert len({mark(each) for each in [auction, *others]}) == 5
+    assert mark(auction) == mark(replace(auction))
+
+
+@pytest.mark.requirement("R10")
+@pytest.mark.parametrize("auction", EVERY_AUCTION, ids=lambda auction: f"{auction.status}-v{auction.version}")
+def test_fields_are_read_as_a_row_is(auction: Auction) -> None:
+    """What `to_fields` writes, `from_fields` reads; no fields are no auction."""
+    record = TimerRecord(auction, "trace-1", "req-1")
+    assert from_fields(to_fields(record)) == from_row(row_of(record))
+    assert from_fields({}) is None
 
 
 @pytest.mark.requirement("R10")

