@@ -13,8 +13,8 @@ else is on the machine.
 
 import asyncio
 import statistics
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from benchmarks.fanout_servers import KINDS
 from benchmarks.harness import Bench, bench, report
 from benchmarks.machine import cpu_ns, on_client_core, rss_bytes
 from engine.contract.keys import ShardKeys
-from engine.contract.timers import TimerRecord, tick_line, to_fields
+from engine.contract.timers import TimerRecord, heartbeat_line, tick_line, to_fields
 from engine.domain.auction import Auction, Registration
 from engine.domain.events import Register
 from engine.domain.fold import fold
@@ -104,6 +104,7 @@ async def _start(running: AsyncExitStack, made: Bench, name: str, line: bytes) -
     watchers = await running.enter_async_context(client())
     if name == GATEWAY:
         gateway = await running.enter_async_context(gateway_process(made, shards=1))
+        await running.enter_async_context(_heartbeats(made))
 
         async def publish() -> None:
             await made.store.publish({0: line})
@@ -120,6 +121,22 @@ async def _start(running: AsyncExitStack, made: Bench, name: str, line: bytes) -
         server.tell_line(b"")
 
     return Pair(name, server.pid, listener.getsockname()[1], tell, watchers)
+
+
+@asynccontextmanager
+async def _heartbeats(made: Bench) -> AsyncIterator[None]:
+    """What an engine sends once a second. A gateway that hears none sends ticks of its own, marked `stale`."""
+
+    async def beat() -> None:
+        while True:
+            await made.store.publish({0: heartbeat_line("bench", 1, made.clock.now_ms())})
+            await asyncio.sleep(1)
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
 
 
 async def _open(pair: Pair, size: int, frame_bytes: int) -> float:

@@ -4,7 +4,7 @@
 
 A JSON object a line comes in on stdin, and each is answered by one on stdout when it is done:
 
-    open     {port, auctions, sockets, stuck_every, frame_bytes}   connect; answered when everyone was greeted, or refused
+    open     {port, auctions, sockets, stuck_every, frame_bytes}   connect, 100 at a time; answered when all are connected
     expect   {frames}                                              answered when so many more frames of `frame_bytes` came
     measure  {}                                                    forget what was measured, from now on it counts
     report   {}                                                    delivery per lane, gaps, doubles, closes
@@ -39,6 +39,8 @@ IP_BIND_ADDRESS_NO_PORT: Final = 24
 """ip(7): the port is chosen by connect(2), when the other end is known. Python 3.11 has no name for it."""
 RETRY_S: Final = 1.0
 """After a refusal (503) or a lost connection, times 0.5 to 1.5."""
+OPENING_MAX: Final = 100
+"""Handshakes at a time, but for a storm: what thousands of half-open ones need at once is no idle socket's memory."""
 REFUSED_MAX: Final = 100_000
 
 TICK: Final = b'{"type":"timer.tick"'
@@ -99,6 +101,8 @@ class Client:
         self._frame_bytes = 0
         self._counted = 0
         self._expected: int | None = None
+        self._waiting: list[Socket] = []
+        """Sockets to be opened, the next one last."""
         self._awaiting = 0
         """Sockets that are not (yet, or again) greeted, while `open` or `storm` waits for them."""
         self._asked = ""
@@ -144,7 +148,8 @@ class Client:
             is_stuck = bool(stuck_every) and (number + number // len(auctions)) % stuck_every == 0
             self._sockets.append(Socket(path, f"127.0.0.{2 + number // PER_ADDRESS}", is_stuck=is_stuck))
         self._awaiting = sockets
-        for watcher in self._sockets:
+        self._waiting = self._sockets[OPENING_MAX:][::-1]
+        for watcher in self._sockets[:OPENING_MAX]:
             self._connect(watcher)
 
     def do_expect(self, frames: int) -> None:
@@ -247,6 +252,8 @@ class Client:
             sock.close()
         if was_greeted:
             self.measured.closes[why] += 1
+            if self._expected is not None:
+                sys.exit(f"a socket that counts was closed: {why}")
             if self._comes_back:
                 self._retries.append((0.0, watcher))
         else:
@@ -314,6 +321,8 @@ class Client:
         if watcher.is_stuck:
             assert watcher.sock is not None
             self._epoll.unregister(watcher.sock.fileno())
+        if self._waiting:
+            self._connect(self._waiting.pop())
         if first and self._awaiting:
             self._awaiting -= 1
             if not self._awaiting:
@@ -329,7 +338,8 @@ class Client:
         opcode = data[at] & 15
         if opcode == 9:
             assert watcher.sock is not None
-            watcher.sock.send(b"\x8a\x80\0\0\0\0")
+            # The same bytes back (RFC 6455, section 5.5.3), masked with zeros: servers that do not get them hang up.
+            watcher.sock.send(bytes((0x8A, 0x80 | end - start)) + bytes(4) + data[start:end])
         elif opcode == 8:
             self._lost(watcher, str(int.from_bytes(data[start : start + 2], "big")))
         elif end - at == self._frame_bytes:
