@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import orjson
@@ -15,7 +18,8 @@ from tests.gateway.house import AUCTION
 from tests.gateway.test_event_stream import events_in
 from tests.gateway.test_slow_reader import KERNEL_BYTES, OUTBOX_BYTES_MAX, Live, live, until
 from tests.integration.events import bid, fresh_id, started
-from tests.live import LiveStack
+from tests.live import LiveStack, alive
+from tests.live import until as live_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R16")]
 
@@ -74,6 +78,36 @@ def test_an_auction_is_followed_to_its_end_and_resumed_from_any_place(live_stack
         assert [(e["event"], e["id"]) for e in again] == [(e["event"], e["id"]) for e in lane[at + 1 : -1]]
     answer = live_stack.http.get(f"/auctions/{auction_id}/events", headers={"Last-Event-ID": lane[-2]["id"]})
     assert answer.status_code == 204
+
+
+@pytest.mark.requirement("B9")
+def test_a_gateway_that_goes_away_says_so_and_goes(short_tmp: Path) -> None:
+    """SIGTERM: an open stream gets `close` with 1001 and its orderly end, within the time for a drain; it resumes."""
+    stack = LiveStack(short_tmp)
+    try:
+        auction_id = fresh_id()
+        stack.post(started(auction_id, 1_000, 4_000_000_000_000))
+        stack.until_status(auction_id, "ACTIVE")
+        stream = streamed(stack, auction_id)
+        snapshot = next(stream)
+        (pid,) = stack.pids("gateway")
+        os.kill(pid, signal.SIGTERM)
+        *_, farewell = stream
+        assert (farewell["event"], orjson.loads(farewell["data"])["code"]) == ("close", 1001)
+        live_until(lambda: not alive(pid), "the gateway is gone", within_s=10)
+        live_until(lambda: stack.pids("gateway") not in ([], [pid]) and is_ready(stack), "its successor is there")
+        again = next(streamed(stack, auction_id, **{"Last-Event-ID": snapshot["id"]}))
+        assert orjson.loads(again["data"])["recovered"] is True
+    finally:
+        stack.stop()
+
+
+def is_ready(stack: LiveStack) -> bool:
+    """Whether a gateway answers that it is."""
+    try:
+        return stack.http.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 class Raw:
