@@ -59,6 +59,8 @@ class Watcher(asyncio.Protocol):
         """The cursor of the last snapshot that was a fresh start; everything behind it must have come."""
         self.events: list[Event] = []
         """What came behind `base`."""
+        self.event_bytes = 0
+        """Of all frames but ticks."""
         self.ticks: list[dict[str, Any]] = []
         self.order: list[tuple[str, int]] = []
         """Every frame's type and server time, over all sockets."""
@@ -161,7 +163,7 @@ class Watcher(asyncio.Protocol):
     def _on_frame(self, opcode: int, payload: bytes) -> None:
         assert self.transport is not None
         if opcode == 0x1:
-            self._on_text(orjson.loads(payload))
+            self._on_text(orjson.loads(payload), len(payload))
         elif opcode == 0x9:
             self.transport.write(b"\x8a" + bytes([0x80 | len(payload)]) + MASK + payload)
         else:
@@ -171,7 +173,7 @@ class Watcher(asyncio.Protocol):
             self.is_over = self.is_over or code == 4000
             self.transport.write(b"\x88" + bytes([0x80 | len(payload)]) + MASK + payload)
 
-    def _on_text(self, frame: dict[str, Any]) -> None:
+    def _on_text(self, frame: dict[str, Any], size: int) -> None:
         self.order.append((frame["type"], frame["server_time"]))
         match frame["type"]:
             case "timer.tick":
@@ -185,6 +187,7 @@ class Watcher(asyncio.Protocol):
                     self.events = []
             case _:
                 self.since = frame["cursor"]
+                self.event_bytes += size
                 self.events.append((frame["cursor"], frame["type"]))
 
 

@@ -1,0 +1,135 @@
+"""A deploy in the last minute of an auction: real gateways that are told to stop."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import pytest
+
+from tests.integration.crowd import DEADLINE_S, Watcher, crowd, gaps, lane, port_of, until
+from tests.integration.events import bid, fresh_id, started
+from tests.integration.own_gateway import OwnGateway
+from tests.live import LiveStack
+
+pytestmark = pytest.mark.integration
+
+HOUR_MS: Final = 3_600_000
+COME_BACK: Final = {"retry_after_ms": 500, "jitter_ms": 3_000}
+FAR_WATCHERS: Final = 40
+NEAR_WATCHERS: Final = 20
+CLOSE_MS: Final = 6_000
+"""From registration to the end of the auction that is in its last minute."""
+AFTER_CLOSE_S: Final = 5.0
+"""What the contract promises for the farewell 4000."""
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[LiveStack]:
+    """One stack for all gateways of this module."""
+    with TemporaryDirectory(prefix="at-") as directory:
+        made = LiveStack(Path(directory))
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+async def registered(stack: LiveStack, ends_in_ms: int, status: str = "ACTIVE", **policy: Any) -> str:
+    """An auction that runs."""
+    auction_id = fresh_id()
+    now = (await asyncio.to_thread(stack.post, bid(fresh_id())))[0]["arrival_ms"]
+    await asyncio.to_thread(stack.post, started(auction_id, now, now + ends_in_ms, **policy))
+    await asyncio.to_thread(stack.until_status, auction_id, status)
+    return auction_id
+
+
+async def ended(gateway: OwnGateway) -> int:
+    """Wait until a gateway has stopped by itself; its exit code."""
+    await until(lambda: gateway.process.poll() is not None, "the gateway has stopped")
+    return gateway.stop()
+
+
+@pytest.mark.requirement("B9", "B4")
+async def test_a_deploy_does_not_hit_the_last_minute(stack: LiveStack) -> None:
+    """Watchers of far auctions go at once and lose nothing; those of a last minute see its bids and its end, then 4000."""
+    gateway = await asyncio.to_thread(OwnGateway, stack)
+    try:
+        far = await registered(stack, 2 * HOUR_MS)
+        near = await registered(stack, CLOSE_MS, "CLOSING", soft_close_window_ms=HOUR_MS, max_extensions=0)
+        many = [Watcher(far) for _ in range(FAR_WATCHERS)]
+        few = [Watcher(near) for _ in range(NEAR_WATCHERS)]
+        async with crowd(*many, *few, port=gateway.port):
+            for watcher in (*many, *few):
+                watcher.port = port_of(stack.url)
+            began = time.monotonic()
+            gateway.terminate()
+            await until(lambda: all(watcher.closes for watcher in many), "the far ones are sent away", many, within_s=4)
+            assert not any(watcher.closes for watcher in few), "before the others, which wait for the close"
+            assert {watcher.closes[0][0] for watcher in many} == {1001}
+            assert [json.loads(watcher.closes[0][1]) for watcher in many] == [COME_BACK] * FAR_WATCHERS
+            # Both auctions go on meanwhile.
+            await asyncio.to_thread(stack.post, bid(far), bid(near))
+            await until(lambda: all(watcher.is_over for watcher in few), "the near ones are let go", few)
+            assert await ended(gateway) == 0
+            assert time.monotonic() - began < CLOSE_MS / 1_000 + AFTER_CLOSE_S + 2
+            assert [watcher.closes for watcher in few] == [[(4000, "the auction is over")]] * NEAR_WATCHERS
+            for watcher in few:
+                assert [name for _, name in watcher.events] == ["bid.accepted", "timer.ended"]
+            await until(
+                lambda: all(watcher.connected and watcher.events for watcher in many), "the far ones are back", many
+            )
+            assert all([shot["recovered"] for shot in watcher.snapshots] == [None, True] for watcher in many)
+            lanes = await asyncio.to_thread(lane, stack, [far, near])
+            assert gaps((*many, *few), lanes) == []
+    finally:
+        gateway.stop()
+
+
+@pytest.mark.requirement("B9", "B4")
+async def test_a_last_minute_that_does_not_end_holds_a_deploy_up_for_so_long_and_no_longer(stack: LiveStack) -> None:
+    """At the deadline its watchers are sent away with the others' words, resume elsewhere, and the gateway exits with 0."""
+    drain_ms = 1_500
+    gateway = await asyncio.to_thread(OwnGateway, stack, DRAIN_MS=drain_ms)
+    try:
+        near = await registered(stack, 50_000, "CLOSING", soft_close_window_ms=HOUR_MS, max_extensions=0)
+        watchers = [Watcher(near) for _ in range(NEAR_WATCHERS)]
+        async with crowd(*watchers, port=gateway.port):
+            for watcher in watchers:
+                watcher.port = port_of(stack.url)
+            began = time.monotonic()
+            gateway.terminate()
+            await until(lambda: all(watcher.closes for watcher in watchers), "everyone is sent away", watchers)
+            assert time.monotonic() - began > drain_ms / 1_000
+            assert await ended(gateway) == 0
+            assert {code for watcher in watchers for code, _ in watcher.closes} == {1001}
+            await asyncio.to_thread(stack.post, bid(near))
+            await until(
+                lambda: all(watcher.connected and watcher.events for watcher in watchers), "all are back", watchers
+            )
+            assert gaps(watchers, await asyncio.to_thread(lane, stack, [near])) == []
+    finally:
+        gateway.stop()
+
+
+@pytest.mark.requirement("B9")
+async def test_stopping_everything_lets_a_last_minute_come_to_its_end(short_tmp: Path) -> None:
+    """SIGTERM to `serve` stops the gateways first: the engine still closes the auction, its watchers read it, exit code 0."""
+    stack = await asyncio.to_thread(LiveStack, short_tmp)
+    stopping: asyncio.Future[int] | None = None
+    try:
+        near = await registered(stack, CLOSE_MS - 2_000, "CLOSING", soft_close_window_ms=HOUR_MS)
+        watchers = [Watcher(near) for _ in range(NEAR_WATCHERS)]
+        async with crowd(*watchers, port=port_of(stack.url)):
+            stopping = asyncio.ensure_future(asyncio.to_thread(stack.stop))
+            async with asyncio.timeout(DEADLINE_S):
+                assert await stopping == 0
+            for watcher in watchers:
+                assert [name for _, name in watcher.events] == ["timer.ended"]
+                assert watcher.closes == [(4000, "the auction is over")]
+    finally:
+        if stopping is None:
+            await asyncio.to_thread(stack.stop)
