@@ -8,6 +8,7 @@ protocol version spelled out, and `RedisLink.call` repeats a whole call, with th
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Literal, TypeVar
@@ -234,7 +235,7 @@ class RedisLink:
     def _sentinel_of(target: _Target) -> Sentinel | None:
         if not target.sentinels:
             return None
-        return Sentinel(
+        return _Sentinels(
             list(target.sentinels),
             # Without its own short time-outs discovery takes 3.9 s with one dead sentinel.
             sentinel_kwargs={
@@ -350,6 +351,21 @@ class RedisLink:
             await client.connection_pool.disconnect()
         if self._sentinel is not None:
             await self._sentinel.aclose()
+
+
+class _Sentinels(Sentinel):
+    """redis-py brings the sentinel that answered to the front of its list while other discoveries walk that list.
+
+    Two at once can so write one sentinel over another, which is never asked again, nor closed. Each walks its own list here.
+    """
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """The address of the primary, of the first sentinel that knows one."""
+        walked = copy(self)
+        walked.sentinels = list(self.sentinels)
+        found: tuple[str, int] = await super(_Sentinels, walked).discover_master(service_name)
+        self.sentinels = walked.sentinels
+        return found
 
 
 async def _insist_on_primary(connection: AbstractConnection) -> None:

@@ -107,6 +107,23 @@ async def test_a_dead_sentinel_delays_nobody(group: SentinelGroup) -> None:
         first.start()
 
 
+async def test_no_sentinel_is_forgotten_when_many_connect_at_once(group: SentinelGroup) -> None:
+    """After a failover every connection asks the sentinels at once: afterwards all three of them are still known."""
+    first = group.sentinels[0]
+    first.kill()
+    link = RedisLink(group.url, SystemClock())
+    try:
+        sentinels = link.commands.connection_pool.sentinel_manager
+        for _ in range(10):
+            await asyncio.gather(*[link.call(link.commands.ping) for _ in range(30)])
+            await link.commands.connection_pool.disconnect()
+        asked = {client.connection_pool.connection_kwargs["port"] for client in sentinels.sentinels}
+        assert asked == {sentinel.port for sentinel in group.sentinels}
+    finally:
+        await link.close()
+        first.start()
+
+
 async def test_no_sentinel_at_all_ends_with_the_deadline_of_the_call() -> None:
     """Nobody to ask: the call ends when it said it would, not after the retries of a library."""
     link = RedisLink("redis+sentinel://127.0.0.1:1,127.0.0.1:2/auction", SystemClock(), call_deadline_ms=300)
