@@ -1,0 +1,344 @@
+"""The judges. Each looks at what truly happened and at what the store holds in the end, and says what is wrong with it.
+
+They share nothing with the workload, and with what they judge only the domain, which has an oracle of its own. The limits
+are written out here as the requirements name them; the constants of the domain could be wrong.
+
+After a failover that lost a suffix, "the log" is what survived: the intake, the audit and the event lane as they stand at the
+end. What was lost is judged too where a promise was given at the time: no close may have been early, lost or not. A client
+may have been told of something that is lost; what it then must be told is that there was a break.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from auction_timer.simulation.clients import Client, Stretch
+from auction_timer.simulation.witness import Witness
+from engine.contract import audit
+from engine.contract.cursors import Cursor, stream_order
+from engine.contract.frames import is_frame
+from engine.contract.intake import Discard, IntakeEvent, Retry, SchemaError, decode
+from engine.contract.keys import shard_of
+from engine.domain.auction import Auction
+from engine.domain.decide import Decision
+from engine.domain.events import Bid, Cancel, InputEvent, Register
+from engine.domain.fold import elapse, fold
+from engine.domain.instants import EpochMs
+from engine.domain.lifecycle import Status
+from engine.store.memory import MemoryStore, ShardMemory
+from engine.store.protocol import Entry, Group, UpdateEntry
+
+STAMP_BOUND_MS: Final = 250
+EXTENSION_MS: Final = 15 * 60 * 1_000
+TOTAL_MS: Final = 24 * 60 * 60 * 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is judged."""
+
+    witness: Witness
+    store: MemoryStore
+    clients: list[Client]
+    ended_at: EpochMs
+    """When the simulation ended, true time."""
+
+    @property
+    def shards(self) -> dict[int, ShardMemory]:
+        """What the store holds in the end."""
+        return {shard: self.store.shards[shard] for shard in self.witness.shards}
+
+
+def never_early(evidence: Evidence) -> list[str]:
+    """No close took effect before its deadline by the true time, but for the 250 ms that a stamp may be wrong (B1)."""
+    found = []
+    for history in evidence.witness.shards.values():
+        for commit in (*history.commits, *history.lost):
+            found += [
+                f"{close.auction_id} was closed {close.ends_at - commit.true_ms} ms early by {commit.incarnation}"
+                for close in commit.closes
+                if commit.true_ms < close.ends_at - STAMP_BOUND_MS
+            ]
+    return found
+
+
+def closed_once(evidence: Evidence) -> list[str]:
+    """Every auction whose deadline has passed was closed exactly once, in the audit and on the event lane (R5, B1)."""
+    found = []
+    for memory in evidence.shards.values():
+        records, frames = defaultdict(int), defaultdict(int)
+        for record in memory.audit:
+            records[record["auction_id"]] += record["event_type"] == "auction_timer_ended"
+        for update in memory.updates:
+            frames[update.auction_id] += update.type == "timer.ended"
+        for auction_id, fields in memory.timers.items():
+            wanted = int(fields["status"] == "ENDED")
+            if (records[auction_id], frames[auction_id]) != (wanted, wanted):
+                found.append(
+                    f"{auction_id} is {fields['status']}, with {records[auction_id]} closes in the audit "
+                    f"and {frames[auction_id]} on the event lane"
+                )
+        found += [
+            f"{auction_id} was due at {ends_at} and is still open at {evidence.ended_at}"
+            for auction_id, ends_at in memory.groups[Group.LIVE].items()
+            if ends_at <= evidence.ended_at
+        ]
+    return found
+
+
+def no_bid_ignored(evidence: Evidence) -> list[str]:
+    """A bid that arrived before the end that stood counts, however late it was applied (B2); each has one record."""
+    found = []
+    for memory in evidence.shards.values():
+        arrivals = {entry.stream_id: entry for entry in memory.events}
+        bids, over, known = defaultdict(list), {}, {}
+        for record in memory.audit:
+            auction_id, kind = record["auction_id"], record["event_type"]
+            if kind == "auction_timer_registered":
+                known[auction_id] = stream_order(record["intake_id"])
+            if record["new_status"] in ("ENDED", "CANCELLED") and kind != "late_bid_ignored":
+                over.setdefault(auction_id, int(record["occurred_at"]))
+            if kind in ("bid_accepted", "auction_timer_extended", "late_bid_ignored"):
+                bids[record["intake_id"]].append(record)
+        for stream_id, entry in arrivals.items():
+            event = _readable(entry)
+            if event is None or not isinstance(event.event, Bid):
+                continue
+            auction_id = event.auction_id or ""
+            if auction_id not in known or stream_order(stream_id) < known[auction_id]:
+                continue
+            records = bids[stream_id]
+            if len(records) != 1:
+                found.append(f"bid {entry.event_id} has {len(records)} records")
+                continue
+            assert entry.at is not None
+            late = records[0]["event_type"] == "late_bid_ignored"
+            ends_at = over.get(auction_id)
+            if late and (ends_at is None or entry.at < ends_at):
+                found.append(f"bid {entry.event_id} arrived at {entry.at}, before the end {ends_at}, and was ignored")
+            if not late and ends_at is not None and entry.at > ends_at:
+                found.append(f"bid {entry.event_id} arrived at {entry.at}, after the end {ends_at}, and counted")
+    return found
+
+
+def caps(evidence: Evidence) -> list[str]:
+    """An extension moves the end by at most 15 min, all of them by at most 24 h and the policy's own cap (R15)."""
+    found = []
+    for memory in evidence.shards.values():
+        paused_ms: defaultdict[str, int] = defaultdict(int)
+        for record in memory.audit:
+            auction_id, kind = record["auction_id"], record["event_type"]
+            details = orjson.loads(record["details"])
+            if kind == "auction_timer_resumed":
+                paused_ms[auction_id] += details["paused_ms"]
+            if kind not in ("auction_timer_extended", "auction_timer_rescheduled"):
+                continue
+            fields = memory.timers[auction_id]
+            policy_ms = orjson.loads(fields["policy"])["total_cap_ms"]
+            last = int(fields["original_ends_at"]) + paused_ms[auction_id] + min(policy_ms, TOTAL_MS)
+            if details["ends_at"] > last:
+                found.append(f"{auction_id}: the end moved to {details['ends_at']}, past the last one allowed, {last}")
+            moved_ms = details["ends_at"] - details["previous_ends_at"]
+            if kind == "auction_timer_extended" and not 0 < moved_ms <= EXTENSION_MS:
+                found.append(f"{auction_id}: one extension moved the end by {moved_ms} ms")
+    return found
+
+
+def audit_is_the_fold(evidence: Evidence) -> list[str]:
+    """The chain is whole, and audit and timers are what the intake folds to, by the domain alone (B7, R3, R26)."""
+    found = []
+    for shard, memory in evidence.shards.items():
+        broken = audit.verify(memory.audit)
+        if broken is not None:
+            found.append(f"shard {shard}: the audit chain is broken at record {broken}")
+        behind = [
+            entry for entry in memory.events if stream_order(entry.stream_id) > stream_order(memory.intake_cursor)
+        ]
+        if behind:
+            found.append(f"shard {shard}: {len(behind)} entries are not applied, the first is {behind[0].event_id}")
+        folded = Fold()
+        for entry in memory.events:
+            folded.apply(entry)
+        folded.elapse(EpochMs(memory.last_at))
+        written: defaultdict[str, list[tuple[str, ...]]] = defaultdict(list)
+        for record in memory.audit:
+            if not record["event_type"].startswith("OPERATOR_"):
+                written[record["auction_id"]].append(tuple(record[name] for name in _WRITTEN))
+        for auction_id in sorted(written.keys() | folded.facts.keys()):
+            if written[auction_id] != folded.facts[auction_id]:
+                at, was, wanted = _first_difference(written[auction_id], folded.facts[auction_id])
+                found.append(f"{auction_id}: record {at} is {was}, the fold says {wanted}")
+        for auction_id, auction in folded.auctions.items():
+            fields = memory.timers.get(auction_id, {})
+            stands = (fields.get("status"), fields.get("version"), fields.get("ends_at"))
+            wanted_stand = (auction.status.value, str(auction.version), str(auction.ends_at))
+            if auction.version and stands != wanted_stand:
+                found.append(f"{auction_id}: the store says {stands}, the fold {wanted_stand}")
+    return found
+
+
+_WRITTEN: Final = ("event_type", "prev_status", "new_status", "version", "occurred_at", "event_id")
+
+
+class Fold:
+    """The intake of one shard folded by the domain, without any of the engine around it."""
+
+    def __init__(self) -> None:
+        self.auctions: dict[str, Auction] = {}
+        self.facts: defaultdict[str, list[tuple[str, ...]]] = defaultdict(list)
+        self._auction_of: dict[str, str] = {}
+        self._cancelled_first: dict[str, tuple[Cancel, str, EpochMs]] = {}
+
+    def apply(self, entry: Entry) -> None:
+        """One entry, in the order of the log."""
+        event = _readable(entry)
+        if event is None or isinstance(event.event, Retry | Discard):
+            return
+        assert entry.at is not None
+        asked = event.event
+        if event.auction_id is None:
+            offer_id = event.offer_id or ""
+            auction_id = self._auction_of.get(offer_id)
+            if auction_id is None:
+                assert isinstance(asked, Cancel)
+                self._cancelled_first.setdefault(offer_id, (asked, entry.event_id, entry.at))
+                return
+        else:
+            auction_id = event.auction_id
+        if isinstance(asked, Register):
+            self._register(auction_id, asked, entry)
+        elif isinstance(asked, InputEvent):
+            self._decide(auction_id, asked, entry.at, entry.event_id)
+
+    def _register(self, auction_id: str, asked: Register, entry: Entry) -> None:
+        assert entry.at is not None
+        offer_id = asked.registration.offer.offer_id
+        before = self.auctions.get(auction_id, Auction(auction_id))
+        cancelled = self._cancelled_first.get(offer_id) if offer_id and offer_id not in self._auction_of else None
+        if cancelled is not None and before.status is Status.UNREGISTERED:
+            self._decide(auction_id, cancelled[0], cancelled[2], cancelled[1])
+        self._decide(auction_id, asked, entry.at, entry.event_id)
+        if offer_id and before.registration is None and self.auctions[auction_id].registration is not None:
+            self._auction_of[offer_id] = auction_id
+
+    def _decide(self, auction_id: str, asked: InputEvent, at: EpochMs, event_id: str) -> None:
+        for decision in fold(self.auctions.get(auction_id, Auction(auction_id)), asked, at):
+            self._keep(decision, event_id)
+
+    def elapse(self, until: EpochMs) -> None:
+        """Time passes to the end."""
+        for auction in list(self.auctions.values()):
+            for decision in elapse(auction, until):
+                self._keep(decision, "")
+
+    def _keep(self, decision: Decision, event_id: str) -> None:
+        after = decision.after
+        self.auctions[after.auction_id] = after
+        if decision.fact is None:
+            return
+        by_time = decision.fact.value in ("auction_timer_started", "auction_timer_closing", "auction_timer_ended")
+        before = "" if decision.before.status is Status.UNREGISTERED else decision.before.status.value
+        self.facts[after.auction_id].append(
+            (
+                decision.fact.value,
+                before,
+                after.status.value,
+                str(after.version),
+                str(decision.at),
+                "" if by_time else event_id,
+            )
+        )
+
+
+def convergence(evidence: Evidence) -> list[str]:
+    """Every client ends with the store's state, and has every event once, or was told that there was a break (B4)."""
+    found = []
+    for number, client in enumerate(evidence.clients):
+        shard = shard_of(client.auction_id, len(evidence.witness.shards))
+        memory = evidence.store.shards[shard]
+        fields = memory.timers.get(client.auction_id)
+        if fields is None or not Status(fields["status"]).is_public:
+            continue
+        shown = (client.timer.get("status"), str(client.timer.get("version")), str(client.timer.get("ends_at")))
+        stands = (fields["status"], fields["version"], fields["ends_at"])
+        if shown != stands:
+            found.append(f"client {number} of {client.auction_id} was shown {shown}, the store has {stands}")
+        # Each lane that there was, the one of the end last.
+        lanes = [_orders(lane, client.auction_id) for lane in (*evidence.witness.shards[shard].lanes, memory.updates)]
+        for stretch in client.stretches:
+            if not any(_is_whole(stretch, lane) for lane in lanes):
+                found.append(f"client {number} of {client.auction_id} was not told of a break behind {stretch.since}")
+        if client.stretches:
+            last = client.stretches[-1]
+            if not _is_whole(last, lanes[-1], to_the_end=True):
+                found.append(f"client {number} of {client.auction_id} lacks the last events behind {last.since}")
+    return found
+
+
+def _orders(lane: list[UpdateEntry], auction_id: str) -> list[tuple[int, int]]:
+    return [
+        stream_order(update.stream_id) for update in lane if update.auction_id == auction_id and is_frame(update.type)
+    ]
+
+
+def _is_whole(stretch: Stretch, lane: list[tuple[int, int]], *, to_the_end: bool = False) -> bool:
+    """Whether the client got exactly what a lane held between its beginning and what it got last."""
+    got = [_order(cursor) for cursor in stretch.cursors]
+    since = _order(stretch.since)
+    until = (got[-1] if got else since) if not to_the_end else (lane[-1] if lane else since)
+    return got == [order for order in lane if since < order <= until]
+
+
+def _order(cursor: str) -> tuple[int, int]:
+    read = Cursor.parse(cursor)
+    assert read is not None
+    return stream_order(read.stream_id)
+
+
+def one_holder_per_epoch(evidence: Evidence) -> list[str]:
+    """No epoch of a shard has commits of two processes (fencing)."""
+    found = []
+    for shard, history in evidence.witness.shards.items():
+        holders: dict[int, str] = {}
+        for commit in history.commits:
+            holder = holders.setdefault(commit.epoch, commit.incarnation)
+            if holder != commit.incarnation:
+                found.append(f"shard {shard}: epoch {commit.epoch} has commits of {holder} and {commit.incarnation}")
+    return found
+
+
+def nobody_fell(evidence: Evidence) -> list[str]:
+    """No process ended by itself: whatever goes wrong around it, it goes on."""
+    return [f"{name} ended by itself" for name in evidence.witness.ended_by_themselves]
+
+
+CHECKERS: Final[dict[str, Callable[[Evidence], list[str]]]] = {
+    "no early close": never_early,
+    "exactly one close": closed_once,
+    "no bid in time ignored": no_bid_ignored,
+    "caps": caps,
+    "audit is the fold of the intake": audit_is_the_fold,
+    "every client converged": convergence,
+    "one holder per epoch": one_holder_per_epoch,
+    "nobody fell": nobody_fell,
+}
+
+
+def _readable(entry: Entry) -> IntakeEvent | None:
+    if entry.at is None:
+        return None
+    try:
+        return decode(entry.event_id, entry.body)
+    except SchemaError:
+        return None
+
+
+def _first_difference(left: list[Any], right: list[Any]) -> tuple[int, Any, Any]:
+    for at, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return at, one, other
+    at = min(len(left), len(right))
+    return at, left[at] if at < len(left) else None, right[at] if at < len(right) else None

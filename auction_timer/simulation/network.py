@@ -1,0 +1,437 @@
+"""What lies between the processes and the store: a network that takes its time, and fails when the plan says so.
+
+A call is a request on its way, its effect, and an answer on its way. What was sent takes effect whether its sender still
+lives or not, and a sender that gets no answer within `PATIENCE_MS` learns only that (`StoreUnavailableError`):
+
+    request ──out_ms──▶ effect ──back_ms──▶ answer          Fate: how long each way takes, and what gets lost
+                  ╲ again, late (a doubled request)
+
+The store itself is `MemoryStore`, driven in one step per call, so every call is atomic as a script of Redis is.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+from auction_timer.simulation.timeline import Timeline
+from auction_timer.simulation.witness import Witness
+from engine.contract.timers import CorruptTimerError, TimerRecord
+from engine.domain.instants import EpochMs
+from engine.store.memory import MemoryStore, ShardMemory
+from engine.store.protocol import (
+    Appended,
+    Batch,
+    CommitResult,
+    Draft,
+    Entry,
+    Lease,
+    News,
+    ShardHead,
+    StoreUnavailableError,
+    UpdateEntry,
+    View,
+)
+
+T = TypeVar("T")
+
+PATIENCE_MS: Final = 2_000.0
+"""How long a caller waits for an answer. Of `engine.store.link`, about the same."""
+RECONNECT_MS: Final = 50.0
+"""How long a caller whose connection broke tries before it says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What becomes of one call. Times in ms."""
+
+    out_ms: float
+    back_ms: float
+    request_lost: bool = False
+    answer_lost: bool = False
+    again_ms: float | None = None
+    """When the request takes effect a second time, after the first."""
+
+
+class Network:
+    """Everything that the links of all processes share.
+
+    Args:
+        fate: decides each call's fate by its name; whether it changes the store is told too.
+        idle_ms: a read that waits does so at least so long, whatever it asks for, so that idle days cost little.
+    """
+
+    def __init__(
+        self,
+        line: Timeline,
+        store: MemoryStore,
+        witness: Witness,
+        fate: Callable[[str, bool], Fate],
+        idle_ms: int = 0,
+    ) -> None:
+        self.line = line
+        self.store = store
+        self.witness = witness
+        self.fate = fate
+        self._idle_ms = idle_ms
+        self.away = False
+        self.gateways_first = False
+        """After a failover: only gateways have found the new primary yet."""
+        self.generation = 0
+        """How often every connection broke."""
+        self._waiting: dict[asyncio.Future[Any], str] = {}
+        self._parked: list[_Blocked] = []
+
+    def is_reachable(self, process: str) -> bool:
+        """Whether requests of this process come through."""
+        return not self.away and not (self.gateways_first and not process.startswith("gateway"))
+
+    def break_connections(self) -> None:
+        """Every call that is under way fails; a request that has not arrived never does."""
+        self.generation += 1
+        self._parked.clear()
+        for future in list(self._waiting):
+            self._fail_in(RECONNECT_MS, future)
+
+    def forget(self, process: str) -> None:
+        """A process is gone: nobody waits for its answers. What it has sent arrives."""
+        self._waiting = {future: name for future, name in self._waiting.items() if name != process}
+        self._parked = [blocked for blocked in self._parked if blocked.process != process]
+
+    async def call(self, process: str, name: str, effect: Callable[[], T], *, writes: bool) -> T:
+        """One call of a process.
+
+        Raises:
+            StoreUnavailableError: no answer came.
+        """
+        future = self._ask(process)
+        if not self.is_reachable(process):
+            self._fail_in(RECONNECT_MS, future)
+            return await future
+        fate = self.fate(name, writes)
+        broken = self.generation
+
+        def arrive() -> None:
+            if broken != self.generation or not self.is_reachable(process):
+                return
+            try:
+                answer = effect()
+            except Exception as error:  # noqa: BLE001 - whatever the store says is the answer
+                self._answer(future, fate, broken, None, error)
+            else:
+                self._answer(future, fate, broken, answer, None)
+            if writes:
+                self._grown()
+
+        if not fate.request_lost:
+            self.line.call_in(fate.out_ms, arrive)
+            if fate.again_ms is not None:
+                self.line.call_in(fate.out_ms + fate.again_ms, arrive)
+        if fate.request_lost or fate.answer_lost or fate.out_ms + fate.back_ms > PATIENCE_MS:
+            self._fail_in(PATIENCE_MS, future)
+        try:
+            return await future  # type: ignore[no-any-return]
+        finally:
+            self._waiting.pop(future, None)
+
+    async def block(self, process: str, name: str, look: Callable[[], T], block_ms: float) -> T:
+        """A read that waits until `look` finds something, at most `block_ms`.
+
+        Raises:
+            StoreUnavailableError: no answer came.
+        """
+        future = self._ask(process)
+        if not self.is_reachable(process):
+            self._fail_in(RECONNECT_MS, future)
+            return await future
+        fate = self.fate(name, False)
+        broken = self.generation
+
+        def arrive() -> None:
+            if broken != self.generation or not self.is_reachable(process):
+                return
+            found = look()
+            if _is_something(found) or block_ms <= 0:
+                self._answer(future, fate, broken, found, None)
+                return
+            blocked = _Blocked(process, future, fate, broken, look)
+            self._parked.append(blocked)
+            self.line.call_in(max(block_ms, self._idle_ms), lambda: self._give_up(blocked))
+
+        self.line.call_in(fate.out_ms, arrive)
+        if fate.request_lost or fate.answer_lost:
+            self._fail_in(max(block_ms, self._idle_ms) + PATIENCE_MS, future)
+        try:
+            return await future  # type: ignore[no-any-return]
+        finally:
+            self._waiting.pop(future, None)
+
+    def _ask(self, process: str) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[future] = process
+        return future
+
+    def _fail_in(self, ms: float, future: asyncio.Future[Any]) -> None:
+        def fail() -> None:
+            if not future.done():
+                future.set_exception(StoreUnavailableError("no answer"))
+
+        self.line.call_in(ms, fail)
+
+    def _answer(
+        self, future: asyncio.Future[Any], fate: Fate, broken: int, answer: object, error: Exception | None
+    ) -> None:
+        if fate.answer_lost or fate.request_lost:
+            return
+
+        def come() -> None:
+            if future.done() or broken != self.generation:
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(answer)
+
+        self.line.call_in(fate.back_ms, come)
+
+    def _grown(self) -> None:
+        if not self._parked:
+            return
+        still = []
+        for blocked in self._parked:
+            found = blocked.look()
+            if _is_something(found):
+                self._answer(blocked.future, blocked.fate, blocked.broken, found, None)
+            else:
+                still.append(blocked)
+        self._parked = still
+
+    def _give_up(self, blocked: "_Blocked") -> None:
+        if blocked in self._parked:
+            self._parked.remove(blocked)
+            self._answer(blocked.future, blocked.fate, blocked.broken, blocked.look(), None)
+
+
+@dataclass(eq=False, slots=True)
+class _Blocked:
+    """A read that waits in the store."""
+
+    process: str
+    future: asyncio.Future[Any]
+    fate: Fate
+    broken: int
+    look: Callable[[], Any]
+
+
+def _is_something(found: object) -> bool:
+    return bool(found.updates or found.replies) if isinstance(found, News) else bool(found)
+
+
+def at_once(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never waits: those of `MemoryStore`, but for its blocking reads."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    work.close()
+    raise AssertionError("it waits: only calls that answer at once can be atomic")
+
+
+class Link:
+    """Implements `Intake`, `ShardStore` and `ViewStore` for one process, over a network."""
+
+    def __init__(self, network: Network, process: str, incarnation: str) -> None:
+        self._network = network
+        self._store = network.store
+        self._process = process
+        self._incarnation = incarnation
+        self._dead = False
+        self._generation: int | None = None
+        self.connections = 0
+        """See `ShardStore`: one more with the first answer to a blocking read after a break."""
+
+    def cut(self) -> None:
+        """The process is killed: from now on nothing of it reaches anybody."""
+        self._dead = True
+        self._network.forget(self._process)
+
+    async def _call(self, name: str, effect: Callable[[], T], *, writes: bool = False) -> T:
+        if self._dead:
+            raise StoreUnavailableError("this process is dead")
+        return await self._network.call(self._process, name, effect, writes=writes)
+
+    async def _block(self, name: str, look: Callable[[], T], block_ms: int) -> T:
+        if self._dead:
+            raise StoreUnavailableError("this process is dead")
+        try:
+            answer = await self._network.block(self._process, name, look, block_ms)
+        except StoreUnavailableError:
+            self._generation = None
+            raise
+        if self._generation != self._network.generation:
+            self._generation = self._network.generation
+            self.connections += 1
+        return answer
+
+    # What changes the store: the witness sees each effect as it happens.
+
+    async def append(
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+    ) -> list[Appended]:
+        """See `Intake`."""
+
+        def effect() -> list[Appended]:
+            answer = at_once(self._store.append(shard, drafts, est, command_id, by_operator=by_operator))
+            self._network.witness.appended(shard, answer)
+            return answer
+
+        return await self._call("append", effect, writes=True)
+
+    async def commit(self, batch: Batch) -> CommitResult:
+        """See `ShardStore`."""
+
+        def effect() -> CommitResult:
+            answer = at_once(self._store.commit(batch))
+            self._network.witness.committed(self._incarnation, batch, answer)
+            return answer
+
+        return await self._call("commit", effect, writes=True)
+
+    async def claim(self, shard: int, holder: str, seen: Lease | None) -> Lease:
+        """See `LeaseStore`."""
+
+        def effect() -> Lease:
+            answer = at_once(self._store.claim(shard, holder, seen))
+            self._network.witness.claimed(shard, self._incarnation, answer)
+            return answer
+
+        return await self._call("claim", effect, writes=True)
+
+    async def renew(self, shard: int, holder: str, epoch: int) -> bool:
+        """See `LeaseStore`."""
+        return await self._call("renew", lambda: at_once(self._store.renew(shard, holder, epoch)))
+
+    async def release(self, shard: int, holder: str, epoch: int) -> None:
+        """See `LeaseStore`."""
+        await self._call("release", lambda: at_once(self._store.release(shard, holder, epoch)))
+
+    async def beat_member(self, name: str) -> Mapping[str, int]:
+        """See `MemberStore`."""
+        return await self._call("beat_member", lambda: at_once(self._store.beat_member(name)))
+
+    async def forget_member(self, name: str) -> None:
+        """See `MemberStore`."""
+        await self._call("forget_member", lambda: at_once(self._store.forget_member(name)))
+
+    async def trim_intake(self, shard: int, before: str) -> None:
+        """See `ShardStore`."""
+        await self._call("trim_intake", lambda: at_once(self._store.trim_intake(shard, before)))
+
+    async def forget_closed(self, shard: int, before: EpochMs) -> None:
+        """See `ShardStore`."""
+        await self._call("forget_closed", lambda: at_once(self._store.forget_closed(shard, before)))
+
+    async def deployment(self, shards: int) -> None:
+        """See `ShardStore`."""
+        await self._call("deployment", lambda: at_once(self._store.deployment(shards)))
+
+    async def publish(self, lines: Mapping[int, bytes]) -> None:
+        """See `ShardStore`. Ticks are disposable: they take no time, and while the store is away they are gone."""
+        if self._dead or not self._network.is_reachable(self._process):
+            raise StoreUnavailableError("no answer")
+        await self._store.publish(lines)
+
+    # What only looks.
+
+    async def time_us(self) -> int:
+        """See `ShardStore`."""
+        return await self._call("time_us", lambda: at_once(self._store.time_us()))
+
+    async def lease(self, shard: int) -> Lease:
+        """See `MemberStore`."""
+        return await self._call("lease", lambda: at_once(self._store.lease(shard)))
+
+    async def head(self, shard: int) -> ShardHead:
+        """See `ShardStore`."""
+        return await self._call("head", lambda: at_once(self._store.head(shard)))
+
+    async def live(self, shard: int) -> AsyncIterator[list[TimerRecord | CorruptTimerError]]:
+        """See `ShardStore`."""
+
+        def pages() -> list[list[TimerRecord | CorruptTimerError]]:
+            found = []
+            reading = self._store.live(shard)
+            while True:
+                try:
+                    found.append(at_once(reading.__anext__()))  # type: ignore[arg-type]
+                except StopAsyncIteration:
+                    return found
+
+        for page in await self._call("live", pages):
+            yield page
+
+    async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
+        """See `ShardStore`."""
+        return await self._call("timers", lambda: at_once(self._store.timers(shard, auction_ids)))
+
+    async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
+        """See `ShardStore`."""
+        return await self._call("offers", lambda: at_once(self._store.offers(shard, offer_ids)))
+
+    async def parked(self, shard: int) -> int:
+        """See `ShardStore`."""
+        return await self._call("parked", lambda: at_once(self._store.parked(shard)))
+
+    async def parked_commands(self, shard: int, command_ids: Sequence[str]) -> list[bytes | None]:
+        """See `ShardStore`."""
+        return await self._call("parked_commands", lambda: at_once(self._store.parked_commands(shard, command_ids)))
+
+    async def intake_length(self, shard: int) -> int:
+        """See `ShardStore`."""
+        return await self._call("intake_length", lambda: at_once(self._store.intake_length(shard)))
+
+    async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
+        """See `ShardStore`."""
+        return await self._block("read_intake", lambda: at_once(self._store.read_intake(after, count, 0)), block_ms)
+
+    async def view(self, shard: int, auction_id: str) -> View:
+        """See `ViewStore`."""
+        return await self._call("view", lambda: at_once(self._store.view(shard, auction_id)))
+
+    async def follow(self, updates: Mapping[int, str], replies: Mapping[str, str], count: int, block_ms: int) -> News:
+        """See `ViewStore`."""
+        places = dict(updates)
+        return await self._block("follow", lambda: at_once(self._store.follow(places, replies, count, 0)), block_ms)
+
+    async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
+        """See `ViewStore`."""
+        return await self._call("holds_update", lambda: at_once(self._store.holds_update(shard, entry)))
+
+    async def last_update(self, shard: int) -> str:
+        """See `ViewStore`."""
+        return await self._call("last_update", lambda: at_once(self._store.last_update(shard)))
+
+    async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
+        """See `ViewStore`."""
+        return await self._call("recent_updates", lambda: at_once(self._store.recent_updates(shard, count)))
+
+    def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """See `ViewStore`."""
+        return self._store.ticks(shards)
+
+
+def copy_of(memory: ShardMemory) -> ShardMemory:
+    """A shard as it stands now, to be what a failover falls back to."""
+    return replace(
+        memory,
+        events=list(memory.events),
+        updates=list(memory.updates),
+        audit=list(memory.audit),
+        timers=deepcopy(memory.timers),
+        groups=deepcopy(memory.groups),
+        offers=dict(memory.offers),
+        troubleshooting=dict(memory.troubleshooting),
+        outcomes=dict(memory.outcomes),
+        seen=dict(memory.seen),
+    )

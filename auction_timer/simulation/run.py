@@ -1,0 +1,236 @@
+"""One simulation: everything from one seed, from an empty store to the verdict."""
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+
+import structlog
+
+from auction_timer.simulation import loop
+from auction_timer.simulation.checkers import CHECKERS, Evidence
+from auction_timer.simulation.clients import Client
+from auction_timer.simulation.faults import NO_TROUBLE, SMALL_TROUBLE, WEEK_TROUBLE, Faults, Trouble, Weather
+from auction_timer.simulation.network import Network
+from auction_timer.simulation.processes import EngineProcess, GatewayProcess
+from auction_timer.simulation.timeline import Authority, Timeline
+from auction_timer.simulation.witness import Witness
+from auction_timer.simulation.workload import SMALL, WEEK, Scale, Workload
+from engine.domain.instants import HOUR_MS, SECOND_MS
+from engine.pace import Pace
+from engine.settings import Settings
+from engine.store.memory import MemoryStore
+from engine.store.protocol import Group
+
+DAY_MS: Final = 24 * HOUR_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is simulated."""
+
+    seed: int
+    auctions: int
+    span_ms: int
+    scale: Scale
+    trouble: Trouble
+    pace: Pace
+    engines: int = 2
+    gateways: int = 2
+    shards: int = 2
+    lease_ms: int = 1_500
+    heartbeat_ms: int = 500
+    clients: int = 6
+    client_stays_s: float = 6.0
+    idle_ms: int = 0
+    """See `Network`."""
+    ticks: bool = True
+    """Whether gateways listen to the tick lane. Engines tick in any case."""
+
+
+def small(seed: int, *, faults: bool = True) -> Plan:
+    """Half a minute of five auctions: what a suite runs a thousand of."""
+    pace = Pace(
+        sample_every_s=2.0,
+        look_again_ms=1_000,
+        heartbeat_ms=2_000,
+        read_block_ms=2_000,
+        read_again_ms=300,
+        observe_every_s=30.0,
+    )
+    trouble = SMALL_TROUBLE if faults else NO_TROUBLE
+    return Plan(seed, auctions=5, span_ms=25_000, scale=SMALL, trouble=trouble, pace=pace)
+
+
+def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> Plan:
+    """Days of auctions as people hold them, with engines that look less often than real ones while nothing happens."""
+    pace = Pace(
+        sample_every_s=60.0,
+        look_again_ms=60_000,
+        heartbeat_ms=60_000,
+        observe_every_s=3_600.0,
+    )
+    return Plan(
+        seed,
+        auctions=auctions,
+        span_ms=max(HOUR_MS, round(days * DAY_MS)),
+        scale=WEEK,
+        trouble=WEEK_TROUBLE if faults else NO_TROUBLE,
+        pace=pace,
+        lease_ms=60_000,
+        heartbeat_ms=20_000,
+        clients=auctions,
+        client_stays_s=6 * 3_600.0,
+        idle_ms=60_000,
+        ticks=False,
+    )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a simulation."""
+
+    plan: Plan
+    trace: str
+    virtual_ms: int
+    counts: dict[str, int]
+    faults: dict[str, int]
+    violations: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no checker found anything."""
+        return not any(self.violations.values())
+
+
+def simulate(plan: Plan) -> Outcome:
+    """Run a plan. The same plan always has the same outcome."""
+    line = Timeline()
+    with _silence():
+        return loop.run(line, lambda: _Simulation(plan, line).run())
+
+
+@contextlib.contextmanager
+def _silence() -> "contextlib.AbstractContextManager[None]":  # type: ignore[misc]
+    """What engines log about faults that were made on purpose helps nobody, and takes most of the time."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+class _Simulation:
+    def __init__(self, plan: Plan, line: Timeline) -> None:
+        self._plan = plan
+        self._line = line
+        self._authority = Authority(line)
+        self._store = MemoryStore(self._authority)
+        self._witness = Witness(line, plan.shards)
+        self._weather = Weather(self._random("network"), rough=plan.trouble.calls)
+        network = Network(line, self._store, self._witness, self._weather, plan.idle_ms)
+        settings = Settings(
+            _env_file=None,  # type: ignore[call-arg]
+            shards=plan.shards,
+            lease_ms=plan.lease_ms,
+            heartbeat_ms=plan.heartbeat_ms,
+            batch_max=4,
+            intake_max=10_000_000,
+            intake_retained=5_000_000,
+        )
+        self._engines = [
+            EngineProcess(f"engine-{n}", network, self._random(f"engine {n}"), settings, plan.pace)
+            for n in range(plan.engines)
+        ]
+        self._gateways = [
+            GatewayProcess(
+                f"gateway-{n}", network, self._random(f"gateway {n}"), plan.shards, plan.pace, ticks=plan.ticks
+            )
+            for n in range(plan.gateways)
+        ]
+        self._faults = Faults(
+            self._random("faults"),
+            plan.trouble,
+            network,
+            self._authority,
+            self._engines,
+            self._gateways,
+            self._weather,
+        )
+        self._workload = Workload(
+            plan.seed, plan.auctions, plan.span_ms, plan.scale, line, self._store, self._gateways, plan.shards
+        )
+        self._clients = [
+            Client(
+                self._workload.auction_ids[n % plan.auctions],
+                self._gateways,
+                self._random(f"client {n}"),
+                plan.client_stays_s,
+            )
+            for n in range(plan.clients)
+        ]
+
+    def _random(self, what: str) -> Random:
+        return Random(f"{self._plan.seed} {what}")  # noqa: S311 - a sequence that a seed repeats
+
+    async def run(self) -> Outcome:
+        for process in (*self._engines, *self._gateways):
+            process.start()
+        watching = [asyncio.create_task(client.watch()) for client in self._clients]
+        wandering = asyncio.create_task(self._faults.wander())
+        try:
+            await asyncio.gather(self._workload.run(), self._faults.run(self._plan.span_ms))
+            await self._settle()
+        finally:
+            wandering.cancel()
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, wandering, return_exceptions=True)
+            for process in (*self._gateways, *self._engines):
+                await process.stop()
+        return self._outcome()
+
+    async def _settle(self) -> None:
+        """Everybody is well: wait until every auction is over that time can end, and everyone has heard of it."""
+        grace_s = 4 * self._plan.lease_ms / SECOND_MS + 10
+        await self._faults.revive()
+        while True:
+            await asyncio.sleep(grace_s)
+            ends = [
+                ends_at
+                for memory in self._store.shards.values()
+                for ends_at in memory.groups[Group.LIVE].values()
+                if ends_at + grace_s * SECOND_MS > self._line.now_ms
+            ]
+            if not ends:
+                return
+            await asyncio.sleep(
+                (max(ends) - self._line.now_ms) / SECOND_MS + grace_s if max(ends) > self._line.now_ms else 0
+            )
+
+    def _outcome(self) -> Outcome:
+        evidence = Evidence(self._witness, self._store, self._clients, self._line.now_ms)
+        counts = dict(self._witness.counts)
+        records = [record["event_type"] for memory in evidence.shards.values() for record in memory.audit]
+        counts["closes"] = records.count("auction_timer_ended")
+        counts["extensions"] = records.count("auction_timer_extended")
+        counts["closes lost by failovers"] = sum(
+            len(commit.closes) for history in self._witness.shards.values() for commit in history.lost
+        )
+        counts["late bids"] = records.count("late_bid_ignored")
+        counts["client connections"] = sum(client.connections for client in self._clients)
+        counts["events seen by clients"] = sum(
+            len(stretch.cursors) for client in self._clients for stretch in client.stretches
+        )
+        counts["ticks seen by clients"] = sum(client.ticks for client in self._clients)
+        return Outcome(
+            self._plan,
+            self._witness.trace,
+            self._line.now_ns // 1_000_000,
+            counts,
+            dict(self._witness.faults),
+            {name: check(evidence) for name, check in CHECKERS.items()},
+        )
