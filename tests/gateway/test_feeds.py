@@ -251,6 +251,29 @@ def test_events_are_read_no_faster_than_they_can_be_written(monkeypatch: pytest.
     run(house.line, scenario)
 
 
+@pytest.mark.requirement("B4")
+def test_who_comes_back_into_a_storm_is_told_everything() -> None:
+    """While the feed follows, a room opens only when it was read as far as it was loaded: a resume then lacks nothing."""
+    house = House()
+
+    async def scenario() -> None:
+        for version in range(1, 4):
+            commit(house, version)
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        # The engine commits on before the feed has read a first time.
+        for version in range(4, 8):
+            commit(house, version)
+        async with running(feed.run()):
+            room = await house.hub.room(AUCTION)
+            assert room is not None
+            snapshot, *missed = told(house.hub.greeting(room, "0.2-0"))
+            assert (snapshot["recovered"], snapshot["cursor"]) == (True, "0.7-0")
+            assert [frame["timer"]["version"] for frame in missed] == list(range(3, 8))
+
+    run(house.line, scenario)
+
+
 def test_a_start_without_a_store_says_so() -> None:
     """The places cannot be guessed: the composition root waits and asks again."""
     house = House()

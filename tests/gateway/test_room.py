@@ -5,6 +5,7 @@ from websockets import frames
 from websockets.streams import StreamReader
 
 from engine.domain.lifecycle import Status
+from gateway.closing import CloseCode
 from gateway.room import Frame, Room, text_frame
 from tests.gateway.house import Listener
 
@@ -132,3 +133,66 @@ def test_a_subscriber_may_leave_while_everyone_is_told() -> None:
     assert [listener.sent for listener in quick] == [[framed(b"e")]] * 5
     assert [listener.kept for listener in slow] == [[framed(b"e")]] * 5
     assert not room.is_watched
+
+
+class Watching:
+    """Implements `gateway.room.Stream`; leaves its room as soon as it is told anything, if it is hasty."""
+
+    def __init__(self, room: Room, *, hasty: bool = False) -> None:
+        self.room = room
+        self.hasty = hasty
+        self.events: list[bytes] = []
+        self.ticks: list[bytes] = []
+        self.closed: list[tuple[CloseCode, str]] = []
+        room.streams.add(self)
+
+    def event(self, frame: Frame) -> None:
+        self.events.append(frame.payload)
+        if self.hasty:
+            self.room.streams.discard(self)
+
+    def tick(self, frame: Frame) -> None:
+        self.ticks.append(frame.payload)
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        self.closed.append((code, reason))
+        self.room.streams.discard(self)
+
+
+def test_somebody_who_streams_watches_and_takes_no_turn() -> None:
+    """A room with a stream only must not be forgotten, and has no sockets to write to."""
+    room = room_of()[0]
+    Watching(room)
+    assert (room.is_watched, room.size) == (True, 0)
+    assert room_of(writable=2, lagging=3)[0].size == 5
+
+
+@pytest.mark.requirement("B3")
+def test_a_stream_is_given_the_frame_itself_in_its_lane() -> None:
+    """Events and ticks go to streams apart, with what a socket would be sent, also while some of them leave."""
+    room, quick, _ = room_of(writable=1)
+    stays, leaves = Watching(room), Watching(room, hasty=True)
+    room.deliver(Frame(b"e", "0.1-0"), is_tick=False)
+    room.deliver(Frame(b"t"), is_tick=True)
+    assert (stays.events, stays.ticks) == ([b"e"], [b"t"])
+    assert (leaves.events, leaves.ticks) == ([b"e"], [])
+    assert quick[0].sent == [framed(b"e"), framed(b"t")]
+
+
+def test_a_frame_is_framed_once_however_many_it_goes_to() -> None:
+    """Ten thousand sockets share the same bytes."""
+    frame = Frame(b"e")
+    assert frame.socket is frame.socket
+    room, quick, slow = room_of(writable=3, lagging=3)
+    room.deliver(frame, is_tick=False)
+    assert all(listener.sent[0] is frame.socket for listener in quick)
+    assert all(listener.kept[0] is frame.socket for listener in slow)
+
+
+def test_parting_says_farewell_to_everyone_once() -> None:
+    """Writable, lagging and streaming: each is told the code and the reason."""
+    room, quick, slow = room_of(writable=2, lagging=2)
+    streams = [Watching(room) for _ in range(2)]
+    room.part(CloseCode.FEED_LOST, "come back later")
+    assert [listener.closed for listener in (*quick, *slow)] == [[CloseCode.FEED_LOST]] * 4
+    assert [stream.closed for stream in streams] == [[(CloseCode.FEED_LOST, "come back later")]] * 2
