@@ -165,6 +165,9 @@ class Connection(asyncio.Protocol):
         self.transport.write(frame)
 
     def keep_event(self, frame: bytes) -> None:
+        if self._tick is not None:  # it would come behind what is newer
+            self._tick = None
+            self.door.metrics.conflated_ticks.inc()
         self._outbox.append(frame)
         self.outbox_bytes += len(frame)
         if self.outbox_bytes > self.door.outbox_bytes_max:

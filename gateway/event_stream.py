@@ -135,6 +135,9 @@ class EventStream:
     # gateway.room.Stream.
 
     def event(self, frame: Frame) -> None:
+        if self._tick is not None:  # it would come behind what is newer
+            self._tick = None
+            self._door.metrics.conflated_ticks.inc()
         text = _shared_text(frame)
         self._outbox.append(text)
         self._outbox_bytes += len(text)

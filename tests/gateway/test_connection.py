@@ -722,6 +722,21 @@ async def test_events_wait_in_order_and_ticks_conflate_to_the_newest() -> None:
 
 
 @pytest.mark.requirement("B3")
+async def test_a_tick_that_an_event_has_overtaken_is_not_told_behind_it() -> None:
+    """What a lagging socket reads goes forward in time: a kept tick that is older than a kept event is worth nothing."""
+    house = House()
+    slow = await opened(house)
+    stall(slow)
+    tick(house, 1)
+    house.line.advance(1)
+    house.announce("timer.extended", record(version=2))
+    await house.read_lane()
+    unstall(slow)
+    assert [frame["type"] for frame in slow.told()] == ["timer.extended"]
+    assert house.sample("auctions_gateway_conflated_ticks_total") == 1
+
+
+@pytest.mark.requirement("B3")
 async def test_a_lagging_socket_with_nothing_to_say_resumes_silently() -> None:
     """Resume without anything kept writes nothing and is writable again; a second resume changes nothing."""
     house = House()
