@@ -196,6 +196,10 @@ class SentinelGroup:
         found: Member = until(named, "the sentinels agree on a primary")
         return found
 
+    def victim(self, _auction_ids: Sequence[str]) -> Member:
+        """Whom to kill, so that these auctions feel it."""
+        return self.primary
+
     def wait_until_whole(self) -> Member:
         """Wait for one primary with two replicas that every sentinel knows to be well; the primary."""
         primary = self.primary

@@ -235,7 +235,7 @@ class RedisLink:
     def _sentinel_of(target: _Target) -> Sentinel | None:
         if not target.sentinels:
             return None
-        return _Sentinels(
+        return _Sentinels(  # type: ignore[no-untyped-call]
             list(target.sentinels),
             # Without its own short time-outs discovery takes 3.9 s with one dead sentinel.
             sentinel_kwargs={

@@ -1,6 +1,7 @@
 """Tests for engine.shard: the single writer of a fold, on the memory store and hostile clocks, turn by turn."""
 
 import asyncio
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -793,6 +794,54 @@ async def test_a_full_inbox_says_when_it_has_room_again(world: World, monkeypatc
 
 
 # The loop.
+
+
+async def settled(worker: Worker) -> None:
+    """Let the loop run until the shard has compared its history with the store's."""
+    running = asyncio.create_task(worker.shard.run())
+    try:
+        async with asyncio.timeout(5):
+            while worker.shard.doubted or not worker.shard.loaded:
+                await asyncio.sleep(0)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.requirement("R16")
+async def test_a_new_connection_to_the_same_history_has_the_intake_read_again(world: World, worker: Worker) -> None:
+    """What was read ahead may be gone; what was committed is not, so nothing is loaded, lost or done twice."""
+    await world.append(quick(), bid("a", "b-1"))
+    await worker.look()
+    held = worker.shard.live
+    worker.shard.doubt()
+    assert worker.shard.doubted
+    await settled(worker)
+    assert worker.shard.live is held
+    assert (list(worker.shard.inbox), worker.shard.read_to) == ([], worker.shard.head.intake)
+    await worker.work()
+    assert world.facts("a").count("bid_accepted") <= 1
+    assert world.facts("a")[0] == "auction_timer_registered"
+
+
+@pytest.mark.requirement("R16")
+async def test_a_history_that_lost_its_end_is_loaded_at_once(world: World, worker: Worker) -> None:
+    """A failover took the last commit back: the memory of it goes too, before the next commit would have found out."""
+    await world.append(quick())
+    await worker.work()
+    await worker.live_until(at(300))
+    before = deepcopy(world.store.shards[0])
+    await world.append(bid("a", "b-1"))
+    await worker.work()
+    assert worker.shard.live["a"].auction.ends_at > at(310)
+    world.store.shards[0] = before
+    worker.shard.doubt()
+    with capture_logs() as logs:
+        await settled(worker)
+    assert [line["event"] for line in logs] == ["shard_went_back"]
+    assert worker.shard.live["a"].auction.ends_at == at(310)
+    await worker.live_until(at(400))
+    assert await ended_at(world) == at(310)
 
 
 @pytest.mark.requirement("R16")

@@ -156,9 +156,68 @@ def test_a_lane_that_ends_before_our_place_is_started_over_there() -> None:
     run(house.line, scenario)
 
 
+@pytest.mark.requirement("R16", "B4")
+@pytest.mark.parametrize("noticed", ["an error", "a new connection"])
+def test_a_lane_that_was_written_past_our_place_is_started_over(noticed: str) -> None:
+    """A new primary lost our last entries and wrote others since: its lane ends behind our place, and is another one."""
+    house = House()
+
+    async def scenario() -> None:
+        house.put(record(version=1))
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        listener = await watched(house)
+        async with running(feed.run()):
+            for version in (2, 3, 4):
+                commit(house, version)
+            await asyncio.sleep(0.01)
+            if noticed == "an error":
+                fail(house)
+                await asyncio.sleep(1)
+            lane = house.memory.shards[0]
+            del lane.updates[1:]
+            lane.serial = 1
+            for version in (13, 14, 15, 16, 17):
+                house.announce("timer.extended", record(version=version))
+            assert lane.updates[2].stream_id == "3-0", "the same id as the lost one"
+            house.memory.connections += 1
+            house.store.failing.clear()
+            house.memory._grow()
+            await asyncio.sleep(2 * BACKOFF_S)
+            commit(house, 18)
+            await asyncio.sleep(0.01)
+        frames = told(listener.sent)[3:]
+        assert [(frame["type"], frame["timer"]["version"]) for frame in frames] == [
+            ("timer.resynced", 17),
+            ("timer.extended", 18),
+        ]
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("B4")
+def test_a_new_connection_to_the_same_history_changes_nothing() -> None:
+    """What comes over a new connection is read again after the comparison: nobody is told twice, and nobody starts over."""
+    house = House()
+
+    async def scenario() -> None:
+        house.put(record(version=1))
+        feed = EventFeed(house.store, house.hub, house.machine, 1)
+        await feed.start()
+        listener = await watched(house)
+        async with running(feed.run()):
+            for version in range(2, 10):
+                house.memory.connections += 1
+                commit(house, version)
+                await asyncio.sleep(0.01)
+        assert versions(listener) == list(range(2, 10))
+
+    run(house.line, scenario)
+
+
 def fail(house: House, *calls: str) -> None:
     """The store is away, for these calls or for all that a feed makes; whoever waits is told."""
-    for name in calls or ("follow", "last_update", "view"):
+    for name in calls or ("follow", "holds_update", "last_update", "view"):
         house.store.failing[name] = StoreUnavailableError("away")
     house.memory._grow()
 
@@ -184,7 +243,8 @@ def test_a_store_that_goes_away_again_in_the_midst_of_a_reload_is_reloaded_later
             house.memory.shards[0].updates.clear()
             for name in ("a-1", "a-2", "a-3"):
                 house.put(record(name, version=3))
-            del house.store.failing["last_update"], house.store.failing["follow"]
+            for name in ("last_update", "holds_update", "follow"):
+                del house.store.failing[name]
             await asyncio.sleep(1)
             assert not any(frame["type"] == "timer.resynced" for each in listeners for frame in told(each.sent))
             house.store.failing.clear()

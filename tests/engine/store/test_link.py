@@ -17,6 +17,7 @@ from redis.exceptions import (
 )
 
 from engine.clock import SystemClock
+from engine.logs import without_secrets
 from engine.store import link as link_module
 from engine.store.link import (
     RedisLink,
@@ -107,6 +108,18 @@ def test_a_sentinel_url_carries_the_credentials_of_the_primary() -> None:
     assert (options.connection_kwargs["username"], options.connection_kwargs["password"]) == (None, None)
 
 
+def test_a_sentinel_url_carries_the_credentials_of_the_sentinels_and_a_database() -> None:
+    """The sentinels have a password of their own, if any; the database is that of the primary."""
+    url = "redis+sentinel://:pw@a:1/main/3?sentinel_username=guard&sentinel_password=s%40cret"
+    pool = RedisLink(url, SystemClock()).commands.connection_pool
+    assert (pool.connection_kwargs["db"], pool.connection_kwargs["password"]) == (3, "pw")
+    (sentinel,) = pool.sentinel_manager.sentinels
+    asked = sentinel.connection_pool.connection_kwargs
+    assert (asked["username"], asked["password"]) == ("guard", "s@cret")
+    assert "cret" not in without_secrets(url)
+    assert "pw" not in without_secrets(url)
+
+
 @pytest.mark.parametrize(
     ("url", "complaint"),
     [
@@ -114,6 +127,8 @@ def test_a_sentinel_url_carries_the_credentials_of_the_primary() -> None:
         ("redis+sentinel://a:1/", "/SERVICE"),
         ("redis+sentinel:///main", "/SERVICE"),
         ("redis+sentinel://,/main", "/SERVICE"),
+        ("redis+sentinel://a:1/main/db", "DATABASE"),
+        ("redis+sentinel://a:1/main?password=x", "sentinel_password"),
         ("redis+sentinel://a/main", "host:port"),
         ("redis+sentinel://a:b/main", "host:port"),
         ("redis+sentinel://a:1,:2/main", "host:port"),

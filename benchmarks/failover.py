@@ -1,0 +1,263 @@
+"""What a failover costs, and whether it costs anything else: 100 live auctions under bids, and the primary gets SIGKILL.
+
+    python -m benchmarks.failover --runs 10
+
+Real processes: a Sentinel group (1 primary, 2 replicas, 3 sentinels) or a Cluster (3 primaries with a replica each), and
+`auction-timer serve` against it in `replicated` durability. Auctions end before, during and after the outage. Every bid is
+repeated with its own id until it is acknowledged. Afterwards the audit log is read through the API and judged:
+
+- lost: acknowledged bids that are not in the log;
+- missing, doubled, early: auctions that did not close exactly once, at the end that the log gives them;
+- at once, after: how far the remaining time that was shown was from the truth, until the first bid was acknowledged again
+  and from then on. The truth is the fold of the log at that instant, on the clock of this machine, which is the servers' own.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import httpx
+
+from benchmarks.harness import report, run
+from tests.live import LiveStack
+from tests.topologies import SentinelGroup
+
+WINDOW_MS: Final = 60_000
+EXTENSION_MS: Final = 1_500
+FIRST_END_MS: Final = 3_000
+LAST_END_MS: Final = 12_000
+"""From the start of the run: before, during and after an outage of two to three seconds."""
+KILL_AFTER_S: Final = 2.5
+SETTLED_MS: Final = 250
+"""A sample this close to a bid of its auction is not judged: the bid may be on its way through the log."""
+RESUMED_MS: Final = 1_000
+"""From the first acknowledgement after the outage until everything is expected to be as before."""
+OVER_WITHIN_S: Final = 40.0
+BIDDERS: Final = 8
+BID_EVERY_S: Final = 0.1
+SAMPLE_EVERY_S: Final = 0.1
+
+Topology = SentinelGroup
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was seen from outside."""
+
+    acknowledged: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Event id of a bid: auction, arrival in ms."""
+    acknowledged_at: list[float] = field(default_factory=list)
+    """Wall clock, ms."""
+    samples: list[tuple[str, float, int, int]] = field(default_factory=list)
+    """Auction, wall clock, `server_time`, `ends_at`, in ms."""
+
+
+def _wall_ms() -> float:
+    return time.time() * 1_000
+
+
+def _event(event_type: str, **data: Any) -> dict[str, Any]:
+    return {"specversion": "1.0", "id": uuid4().hex, "type": event_type, "source": "benchmark", "data": data}
+
+
+async def _send(client: httpx.AsyncClient, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Post events, again and again with the same ids, until they are acknowledged."""
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            answer = await client.post("/events", json=events)
+            if answer.status_code == httpx.codes.ACCEPTED:
+                results: list[dict[str, Any]] = answer.json()["results"]
+                return results
+            assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE, answer.text
+        await asyncio.sleep(0.02)
+
+
+async def _bid(client: httpx.AsyncClient, names: list[str], seen: Seen, first: int) -> None:
+    """One bidder: takes its auctions in turn."""
+    number = first
+    while True:
+        name = names[number % len(names)]
+        number += BIDDERS
+        placed = _event("auctions.bid.accepted", auction_id=name, bid_id=uuid4().hex)
+        (result,) = await _send(client, [placed])
+        seen.acknowledged[placed["id"]] = (name, result["arrival_ms"])
+        seen.acknowledged_at.append(_wall_ms())
+        await asyncio.sleep(BID_EVERY_S)
+
+
+async def _sample(client: httpx.AsyncClient, names: list[str], seen: Seen) -> None:
+    """One viewer: looks at the auctions in turn, outage or not."""
+    number = 0
+    while True:
+        name = names[number % len(names)]
+        number += 1
+        with contextlib.suppress(httpx.TransportError):
+            before = _wall_ms()
+            answer = await client.get(f"/auctions/{name}/timer")
+            if answer.status_code == httpx.codes.OK:
+                view = answer.json()
+                if view["status"] in ("ACTIVE", "CLOSING"):
+                    seen.samples.append((name, (before + _wall_ms()) / 2, view["server_time"], view["ends_at"]))
+        await asyncio.sleep(SAMPLE_EVERY_S / BIDDERS)
+
+
+@contextlib.asynccontextmanager
+async def _beside(*works: Any) -> AsyncIterator[list["asyncio.Task[None]"]]:
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all_over(client: httpx.AsyncClient, names: list[str]) -> bool:
+    for name in names:
+        answer = await client.get(f"/auctions/{name}/timer")
+        if answer.status_code != httpx.codes.OK or answer.json()["status"] != "ENDED":
+            return False
+    return True
+
+
+async def _records(client: httpx.AsyncClient, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    query = {"limit": "500"}
+    while True:
+        answer = await client.get(f"/auctions/{name}/audit", params=query)
+        answer.raise_for_status()
+        page = answer.json()
+        found += page["records"]
+        if page["next_cursor"] is None:
+            return found
+        query["cursor"] = page["next_cursor"]
+
+
+def _judge(seen: Seen, logs: dict[str, list[dict[str, Any]]], ends: dict[str, int], killed_at: float) -> dict[str, Any]:
+    """One run as numbers. Nothing but the log decides what is true."""
+    again_at = min(at for at in seen.acknowledged_at if at > killed_at and at - killed_at > 50)
+    gaps = [later - earlier for earlier, later in zip(seen.acknowledged_at, seen.acknowledged_at[1:], strict=False)]
+    recorded = {record["event_id"] for log in logs.values() for record in log if record["event_id"]}
+    missing = doubled = early = 0
+    truth: dict[str, list[tuple[int, int]]] = {}
+    for name, log in logs.items():
+        moves = truth[name] = [(0, ends[name])]
+        closes = []
+        for record in log:
+            if record["event_type"] == "auction_timer_extended":
+                moves.append((record["occurred_at"], record["details"]["ends_at"]))
+            elif record["event_type"] == "auction_timer_ended":
+                closes.append(record)
+        missing += not closes
+        doubled += len(closes) > 1
+        early += any(
+            record["occurred_at"] != moves[-1][1] or record["recorded_at"] < record["occurred_at"] for record in closes
+        )
+    at_once, after = [0.0], [0.0]
+    arrivals: dict[str, list[int]] = {name: [] for name in ends}
+    for name, arrival in seen.acknowledged.values():
+        arrivals[name].append(arrival)
+    for name, wall, server_time, ends_at in seen.samples:
+        if any(abs(arrival - wall) < SETTLED_MS for arrival in arrivals[name]):
+            continue
+        true_end = [end for since, end in truth[name] if since <= wall][-1]
+        error = abs((ends_at - server_time) - (true_end - wall))
+        if wall < killed_at or wall > again_at + RESUMED_MS:
+            after.append(error)
+        else:
+            at_once.append(error)
+    return {
+        "gap_ms": round(max(gaps)),
+        "bids": len(seen.acknowledged),
+        "lost": sum(event_id not in recorded for event_id in seen.acknowledged),
+        "missing": missing,
+        "doubled": doubled,
+        "early": early,
+        "at_once_ms": round(max(at_once)),
+        "after_ms": round(max(after)),
+        "samples": len(seen.samples),
+    }
+
+
+async def one_run(topology: Topology, auctions: int) -> dict[str, Any]:
+    """One failover, under bids, from the start of the auctions to the last close."""
+    env = {"AUCTION_TIMER_DURABILITY": "replicated", "AUCTION_TIMER_REDIS_URL": topology.url}
+    with tempfile.TemporaryDirectory(prefix="at-") as directory:
+        stack = await asyncio.to_thread(LiveStack, Path(directory), env=env)
+        try:
+            async with httpx.AsyncClient(base_url=stack.url, trust_env=False, timeout=10) as client:
+                return await _failover(topology, client, auctions)
+        finally:
+            await asyncio.to_thread(stack.stop)
+
+
+async def _failover(topology: Topology, client: httpx.AsyncClient, auctions: int) -> dict[str, Any]:
+    run_id = uuid4().hex[:8]
+    begins = int(_wall_ms())
+    step = (LAST_END_MS - FIRST_END_MS) / auctions
+    ends = {f"{run_id}-{number}": begins + FIRST_END_MS + int(number * step) for number in range(auctions)}
+    policy = {"soft_close_window_ms": WINDOW_MS, "extension_ms": EXTENSION_MS}
+    starts = [
+        _event("offers.auction.started", auction_id=name, starts_at=begins, ends_at=end, policy=policy)
+        for name, end in ends.items()
+    ]
+    await _send(client, starts)
+    names = list(ends)
+    seen = Seen()
+    bidders = [_bid(client, names, seen, first) for first in range(BIDDERS)]
+    async with _beside(*bidders, _sample(client, names, seen)) as tasks:
+        await asyncio.sleep(KILL_AFTER_S)
+        victim = await asyncio.to_thread(topology.victim, names)
+        killed_at = _wall_ms()
+        victim.kill()
+        await asyncio.sleep((begins + LAST_END_MS - _wall_ms()) / 1_000)
+        assert not any(task.done() for task in tasks), tasks
+    async with asyncio.timeout(OVER_WITHIN_S):
+        while not await _all_over(client, names):
+            await asyncio.sleep(0.1)
+    logs = {name: await _records(client, name) for name in names}
+    victim.start()
+    return _judge(seen, logs, ends, killed_at)
+
+
+async def measure(*, runs: int, auctions: int, save: bool, topologies: list[str] | None = None) -> dict[str, Any]:
+    """Runs in a row, each on a topology of its own, as a table."""
+    kinds = {"sentinel": SentinelGroup}
+    measured: dict[str, Any] = {}
+    for kind in topologies or list(kinds):
+        rows = []
+        for number in range(1, runs + 1):
+            topology = await asyncio.to_thread(kinds[kind])
+            try:
+                rows.append(await one_run(topology, auctions))
+            finally:
+                await asyncio.to_thread(topology.stop)
+            if number == 1:
+                print(f"{kind:>9}  " + "  ".join(f"{name:>10}" for name in rows[0]))
+            print(f"{number:>9}  " + "  ".join(f"{value:>10}" for value in rows[-1].values()), flush=True)
+        gaps = [row["gap_ms"] for row in rows]
+        measured[kind] = {"gap_ms": {"median": statistics.median(gaps), "max": max(gaps)}, "runs": rows}
+    return report("failover", {"runs": runs, "auctions": auctions, "down_after_ms": 1_000}, measured, save=save)
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.failover", description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--auctions", type=int, default=100)
+    parser.add_argument("--topology", choices=["sentinel"], action="append", help="which; all if none is named")
+    parser.add_argument("--no-save", action="store_true", help="print only, do not write benchmarks/results/")
+    options = parser.parse_args()
+    run(measure(runs=options.runs, auctions=options.auctions, save=not options.no_save, topologies=options.topology))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""A primary is killed under bids, with 100 live auctions and real processes: the log is judged afterwards."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.failover import Topology, one_run
+from tests.topologies import SentinelGroup
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.requirement("R5", "R16", "B1", "B10")
+@pytest.mark.parametrize("kind", [SentinelGroup], ids=["sentinel"])
+def test_a_failover_costs_time_and_nothing_else(kind: Callable[[], Topology]) -> None:
+    """Every acknowledged bid is in the log; every auction closes once, on time; the countdown is wrong for a moment only."""
+    topology = kind()
+    try:
+        found = asyncio.run(one_run(topology, 100))
+    finally:
+        topology.stop()
+    assert {name: found[name] for name in ("lost", "missing", "doubled", "early")} == {
+        "lost": 0,
+        "missing": 0,
+        "doubled": 0,
+        "early": 0,
+    }, found
+    assert found["at_once_ms"] <= 5_000, found
+    assert found["after_ms"] <= 250, found
+    assert found["bids"] > 100, found
