@@ -144,8 +144,9 @@ class Client:
         self._asked, self._since = "open", time.monotonic()
         for number in range(sockets):
             path = f"/auctions/{auctions[number % len(auctions)]}/updates"
-            # Offset by the round, so that stuck ones are spread over the auctions.
-            is_stuck = bool(stuck_every) and (number + number // len(auctions)) % stuck_every == 0
+            # Shifted by one each time around, so that stuck ones are spread over the auctions.
+            shift = number // max(len(auctions), stuck_every)
+            is_stuck = bool(stuck_every) and (number + shift) % stuck_every == 0
             self._sockets.append(Socket(path, f"127.0.0.{2 + number // PER_ADDRESS}", is_stuck=is_stuck))
         self._awaiting = sockets
         self._waiting = self._sockets[OPENING_MAX:][::-1]
@@ -332,7 +333,8 @@ class Client:
         back_ms = [(watcher.back_at - self._since) * 1_000 for watcher in self._sockets]
         asked, self._asked = self._asked, ""
         self._comes_back = False
-        self._answer(done=asked, back_ms=percentiles(back_ms), refused=self.measured.refused)
+        stuck = sum(watcher.is_stuck for watcher in self._sockets)
+        self._answer(done=asked, back_ms=percentiles(back_ms), refused=self.measured.refused, stuck=stuck)
 
     def _on_frame(self, watcher: Socket, data: bytes, at: int, start: int, end: int, now_ms: float) -> None:
         opcode = data[at] & 15

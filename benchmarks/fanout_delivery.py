@@ -76,21 +76,21 @@ async def _round(
     async with client() as watchers:
         cut_before = await gateway.counted(SLOW_CONSUMERS)
         auctions = await soft_closing(made, AUCTIONS[topology], seconds)
-        await watchers.ask(
+        opened = await watchers.ask(
             "open",
             port=gateway.port,
             auctions=auctions,
             sockets=sockets,
             stuck_every=STUCK_EVERY if stuck else 0,
         )
-        await ticking(watchers, sockets - (sockets // STUCK_EVERY if stuck else 0))
+        await ticking(watchers, sockets - opened["stuck"])
         await watchers.ask("measure")
         async with _memory(gateway) as rss:
             placed = await bid(made, auctions, BIDS_PER_S[topology], seconds)
             await everyone_has(watchers, placed)
             cut = round(await gateway.counted(SLOW_CONSUMERS) - cut_before)
         found = await watchers.ask("report")
-    return found | {"cut_with_4101": cut, "rss": rss, "bids_per_auction": placed}
+    return found | {"stuck": opened["stuck"], "cut_with_4101": cut, "rss": rss, "bids_per_auction": placed}
 
 
 async def soft_closing(made: Bench, count: int, seconds: float) -> list[str]:
@@ -204,6 +204,7 @@ def _summed(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "gaps": sum(found["gaps"] for found in rounds),
         "doubles": sum(found["doubles"] for found in rounds),
         "readers_closed": closes,
+        "stuck": [found["stuck"] for found in rounds],
         "cut_with_4101": [found["cut_with_4101"] for found in rounds],
         "gateway_rss_mb": {
             when: [round(found["rss"][when] / 1e6, 1) for found in rounds] for when in ("start", "max", "end")
