@@ -324,8 +324,13 @@ def test_who_comes_back_into_a_storm_is_told_everything() -> None:
         # The engine commits on before the feed has read a first time.
         for version in range(4, 8):
             commit(house, version)
+        house.store.failing["follow"] = StoreUnavailableError("away")
         async with running(feed.run()):
-            room = await house.hub.room(AUCTION)
+            await asyncio.sleep(0)
+            demand = asyncio.ensure_future(house.hub.room(AUCTION))
+            await asyncio.sleep(BACKOFF_S / 2)
+            house.store.failing.clear()
+            room = await demand
             assert room is not None
             snapshot, *missed = told(house.hub.greeting(room, "0.2-0"))
             assert (snapshot["recovered"], snapshot["cursor"]) == (True, "0.7-0")
