@@ -138,9 +138,11 @@ class Room:
             else:
                 stream.event(frame)
 
+    def everyone(self) -> list[Subscriber | Stream]:
+        """Who is here, whichever way they watch."""
+        return [*self.writable, *self.lagging, *self.streams]
+
     def part(self, code: CloseCode, reason: str) -> None:
         """Say farewell to everyone."""
-        for subscriber in (*self.writable, *self.lagging):
-            subscriber.close(code, reason)
-        for stream in self.streams.copy():
-            stream.close(code, reason)
+        for watcher in self.everyone():
+            watcher.close(code, reason)
