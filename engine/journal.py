@@ -23,6 +23,7 @@ from engine.contract.intake import (
     Discard,
     EventType,
     IntakeEvent,
+    Outage,
     Resync,
     Retry,
     SchemaError,
@@ -37,6 +38,7 @@ from engine.domain.events import Bid, Cancel, InputEvent, Register, Withdraw
 from engine.domain.fold import elapse, fold
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
+from engine.domain.outage import extend_over
 from engine.domain.refusals import Refusal, RefusalCode
 from engine.store.protocol import (
     Announce,
@@ -152,6 +154,9 @@ class Journal:
         if isinstance(event.event, Resync):
             self._announce_resync(event.auction_id or "", event.event, context, entry.at)
             return
+        if isinstance(event.event, Outage):
+            self._sit_out(event.event, context, entry)
+            return
         if isinstance(event.event, Correct):
             self._correct(event.auction_id or "", event.event, context, entry)
             return
@@ -175,6 +180,15 @@ class Journal:
                 self._answer(decision, context, event, entry)
         if isinstance(event, Register):
             self._bind_offer(event, auction_id)
+
+    # Outages: who lost time near the end gets it back.
+
+    def _sit_out(self, outage: Outage, context: Context, entry: Entry) -> None:
+        for auction_id in sorted({*self._timers, *self.after}):
+            record = self._record(auction_id)
+            for decision in extend_over(record.auction, outage.since, outage.until, outage.extension_ms):
+                by_time = decision.fact in _BY_TIME
+                self._write(decision, None if by_time else context, entry.stream_id)
 
     # Corrections: what the reconciler found is brought back to what the log says.
 
@@ -206,8 +220,6 @@ class Journal:
             found_ends_at=order.found_ends_at,
         )
         self._write(decision, context, entry.stream_id)
-        for due in elapse(decision.after, entry.at):
-            self._write(due, None, entry.stream_id)
 
     def _displace(self, auction_id: str, order: Correct, context: Context, entry: Entry) -> None:
         assert entry.at is not None
@@ -300,6 +312,8 @@ class Journal:
         record = TimerRecord(decision.after, standing.trace_id, standing.correlation_id)
         if context is None:
             batch.due_at = decision.at if batch.due_at is None else EpochMs(max(batch.due_at, decision.at))
+        if decision.fact is Fact.ENDED:
+            batch.closes_at = EpochMs(max(batch.closes_at or 0, decision.at))
         if decision.changed:
             if auction_id not in self.after and auction_id not in self._edited:
                 batch.versions[auction_id] = decision.before.version

@@ -156,6 +156,13 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9._:-]{1,128}$",
         description="Name of an engine. One that restarts under the same name takes its shards back at once.",
     )
+    outage_extension_ms: int = Field(
+        120_000,
+        ge=0,
+        le=900_000,
+        description="By how much an auction is extended if no gateway could take bids for more than 5 s of its closing "
+        "window, in ms; 0 turns it off. The same for every engine and gateway.",
+    )
     reconcile_interval_ms: int = Field(
         10_000, ge=200, le=3_600_000, description="How often the reconciler compares every live auction with the log, in ms."
     )
@@ -208,6 +215,7 @@ class Settings(BaseSettings):
             troubleshooting_max=self.troubleshooting_max,
             updates_max=self.updates_max,
             closed_retention_ms=self.closed_retention_ms,
+            outage_extension_ms=self.outage_extension_ms,
         )
 
     def faults(self) -> list[str]:

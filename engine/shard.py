@@ -17,14 +17,15 @@ from uuid import uuid4
 import structlog
 
 from engine.clock import AuctionClock
-from engine.contract.intake import CommandType, Context, Discard, IntakeEvent, Retry, SchemaError
+from engine.contract.intake import CommandType, Context, Discard, IntakeEvent, Outage, Retry, SchemaError
 from engine.contract.offers import auction_bound_in
 from engine.contract.timers import CorruptTimerError, Holding, TimerRecord, mark
 from engine.domain.correction import VERSION_MAX
 from engine.domain.decide import Decision, Fact
-from engine.domain.events import Register
+from engine.domain.events import ReachDeadline, Register, TimeEvent
 from engine.domain.fold import next_due
 from engine.domain.instants import EpochMs
+from engine.domain.outage import OVERLAP_MS_MAX, is_hit
 from engine.journal import Journal, peek
 from engine.metrics import EngineMetrics
 from engine.store.protocol import (
@@ -36,6 +37,7 @@ from engine.store.protocol import (
     ShardStore,
     StoreUnavailableError,
     Superseded,
+    Unattended,
     Undrained,
 )
 
@@ -45,6 +47,7 @@ CLOSED_KEPT: Final = 4_096
 """Closed auctions remembered per shard, so that late bids and replays of a start cost no round trip."""
 CHECKPOINT_EVERY: Final = 1_000
 """Entries between two places to which the intake may be trimmed."""
+UNATTENDED_RETRY_MS: Final = 500
 UNDRAINED_RETRY_MS: Final = 5
 """The reader delivers what the guard has seen within a round trip; this is the bound if it does not."""
 
@@ -96,6 +99,9 @@ class Shard:
     """Of what is live, as `engine.contract.timers.mark` says."""
     _edited: set[str] = field(default_factory=set)
     """Live auctions whose hash was found changed by somebody else; the next commit about them writes it whole."""
+    _attended_until: EpochMs = EpochMs(0)  # noqa: RUF009 - a number
+    _held_until: EpochMs | None = None
+    """Until when closes that lie behind `_attended_until` are not tried again."""
     on_room: Callable[[], None] = lambda: None
 
     async def load(self) -> None:
@@ -200,41 +206,62 @@ class Shard:
             entries.append(self.inbox.popleft())
         events = [peek(entry) for entry in entries]
         # While entries wait, time may not overtake them: only what was due before the last one taken is due yet.
-        horizon = now
-        if self.inbox and entries[-1].at is not None:
-            horizon = entries[-1].at
+        waited_until = entries[-1].at if self.inbox else None
+        horizon = now if waited_until is None else waited_until
         due = self._take_due(horizon)
         journal = await self._journal(entries, events, due, now)
         for auction_id in due:
-            journal.elapse(auction_id, horizon)
+            journal.elapse(auction_id, self._reach(auction_id, horizon))
         batch = journal.batch()
         if batch.intake == self.head.intake and not batch.operations:
             return
         answer = await self.store.commit(batch)
         match answer:
             case Committed(at):
+                if batch.closes_at is not None and batch.closes_at > self._attended_until:
+                    self._held_until = None
                 self._install(journal, ShardHead(batch.intake, batch.chain, at), len(entries), at)
                 await self._trim()
             case Early(by_ms):
                 assert batch.due_at is not None
                 # Nothing genuine arrived after the stamp that this commit would have had: such an entry is poison.
-                stamp = batch.due_at - by_ms
-                entries = [replace(entry, at=None) if entry.at and entry.at > stamp else entry for entry in entries]
-                self._put_back(entries, due, EpochMs(now + by_ms))
+                self._put_back(_poisoned(entries, batch.due_at - by_ms), due, EpochMs(now + by_ms))
+            case Unattended(at):
+                self._hold(at, now)
+                self._put_back(entries, due, now)
             case Undrained():
                 self._put_back(entries, due, EpochMs(now + UNDRAINED_RETRY_MS))
             case Fenced(epoch):
                 raise ShardLostError(f"shard {self.number} is fenced at epoch {epoch}, ours is {self.epoch}")
-            case Superseded(what, edited, version) if edited is not None and edited in self.live:
+            case Superseded():
                 self.metrics.commit_conflicts.inc()
-                log.warning("commit_superseded", shard=self.number, what=what)
-                self._overrule(self.live[edited], version)
-                self._put_back(entries, due, now)
-            case Superseded(what):
-                self.metrics.commit_conflicts.inc()
-                log.warning("commit_superseded", shard=self.number, what=what)
-                self.loaded = False
-                await self.load()
+                log.warning("commit_superseded", shard=self.number, what=answer.what)
+                if answer.auction_id in self.live:
+                    self._overrule(self.live[answer.auction_id], answer.version)
+                    self._put_back(entries, due, now)
+                else:
+                    self.loaded = False
+                    await self.load()
+
+    def _hold(self, attended_at: EpochMs, now: EpochMs) -> None:
+        """Producers could not reach us before some ends: whoever comes back first says so, and then those are moved."""
+        if self._held_until is None:
+            log.warning("closes_held", shard=self.number, unattended_since=attended_at)
+        self._attended_until = EpochMs(attended_at + OVERLAP_MS_MAX)
+        self._held_until = EpochMs(now + UNATTENDED_RETRY_MS)
+
+    def _reach(self, auction_id: str, horizon: EpochMs) -> EpochMs:
+        """Up to when time may act on an auction: not up to an end that is held."""
+        ends_at = self.live[auction_id].auction.ends_at
+        if self._held_until is None or ends_at <= self._attended_until or self.clock.now_ms() >= self._held_until:
+            return horizon
+        return EpochMs(min(horizon, ends_at - 1))
+
+    def _is_held(self, due: tuple[EpochMs, TimeEvent]) -> bool:
+        """Whether a close waits for a gateway: for a moment, and then the commit is asked again."""
+        if self._held_until is None or not isinstance(due[1], ReachDeadline) or due[0] <= self._attended_until:
+            return False
+        return self.clock.now_ms() < self._held_until
 
     def _overrule(self, record: TimerRecord, version: int | None) -> None:
         """Cursor and chain are as we left them, so no engine wrote this hash: what we hold is the log, folded, and stands.
@@ -253,7 +280,10 @@ class Shard:
         for auction_id in self.due:
             record = self.live.get(auction_id)
             due = next_due(record.auction) if record else None
-            if due is not None and due[0] <= horizon:
+            if due is not None and self._is_held(due):
+                assert self._held_until is not None
+                self.calendar.wake_at(auction_id, self._held_until)
+            elif due is not None and due[0] <= horizon:
                 found.append((due[0], auction_id))
             elif due is not None:
                 self.calendar.wake_at(auction_id, due[0])
@@ -270,6 +300,9 @@ class Shard:
         readable = [event for event in events if not isinstance(event, SchemaError)]
         offers = await self._offers(readable)
         wanted = {event.auction_id for event in readable if event.auction_id is not None}
+        for outage in (event.event for event in readable):
+            if isinstance(outage, Outage):
+                wanted |= self._hit_by(outage)
         wanted |= {bound for bound in map(auction_bound_in, offers.values()) if bound is not None}
         timers, unreadable = await self._timers(wanted | set(due))
         journal = Journal(
@@ -287,6 +320,14 @@ class Shard:
         for entry, event in zip(entries, events, strict=True):
             journal.apply(entry, event)
         return journal
+
+    def _hit_by(self, outage: Outage) -> set[str]:
+        """The auctions that may lose time to an outage; one that is extended in the same batch is hit no later."""
+        return {
+            auction_id
+            for auction_id, record in self.live.items()
+            if is_hit(record.auction, outage.since, outage.until)
+        }
 
     async def _offers(self, events: list[IntakeEvent]) -> dict[str, str]:
         wanted = {event.offer_id for event in events if event.offer_id is not None}
@@ -386,6 +427,11 @@ class Shard:
         """Forget the oldest applied entries, once more of them are kept than the settings say."""
         if len(self._checkpoints) > self.intake_retained // CHECKPOINT_EVERY + 1:
             await self.store.trim_intake(self.number, self._checkpoints.popleft())
+
+
+def _poisoned(entries: list[Entry], stamp: int) -> list[Entry]:
+    """The same entries; one that arrived after `stamp` counts as never stamped."""
+    return [replace(entry, at=None) if entry.at and entry.at > stamp else entry for entry in entries]
 
 
 def _outcome(decision: Decision) -> str:

@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from uuid import uuid4
 
@@ -28,6 +28,7 @@ from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError
 from engine.store.redis import RedisStore
 from gateway.admission import Admit
+from gateway.attendance import Attendance
 from gateway.audit_routes import AuditRoutes
 from gateway.command_routes import CommandRoutes
 from gateway.commands import Commands
@@ -104,6 +105,7 @@ class Gateway:
     metrics: GatewayMetrics
     tokens: Tokens | None
     archive: AuditArchive
+    attendance: Attendance
 
 
 def build(store: RedisStore, clock: Clock, settings: Settings, registry: CollectorRegistry) -> Gateway:
@@ -164,6 +166,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         metrics,
         tokens,
         archive,
+        Attendance(store, auction_clock, settings.shards),
     )
     return gateway
 
@@ -184,6 +187,7 @@ async def _running(gateway: Gateway) -> AsyncIterator[None]:
             gateway.sync.run(gateway.metrics.drift_ms["gateway"].observe),
             gateway.feed.run(),
             gateway.ticks.run(),
+            gateway.attendance.run(),
             gateway.door.watch_over(),
             StaleTicks(gateway.hub).run(),
             *((gateway.tokens.keys.run(),) if gateway.tokens is not None and gateway.tokens.keys is not None else ()),
@@ -272,7 +276,8 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
     assert settings.redis_url is not None
     clock = SystemClock()
     link = RedisLink(settings.redis_url, clock, call_deadline_ms=CALL_DEADLINE_MS, durability=settings.durability)
-    gateway = build(RedisStore(link, clock, settings.store_limits()), clock, settings, registry)
+    limits = replace(settings.store_limits(), attendant=settings.instance)
+    gateway = build(RedisStore(link, clock, limits), clock, settings, registry)
     config = uvicorn.Config(
         gateway.app,
         http=HttpConnection,

@@ -84,7 +84,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """One thing that is wrong: `before` was found, `after` should be. `auction_id` is empty where it is about a whole shard."""
+    """One thing that is wrong: `before` was found, `after` should be. `auction_id` is empty if it is about a whole shard."""
 
     kind: DriftKind
     shard: int

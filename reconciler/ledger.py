@@ -91,7 +91,9 @@ def _fold(told: Told | None, fields: Mapping[str, str]) -> Told | None:
     changed = _changed(changed, event_type, fields, details)
     record = replace(told.record, auction=changed)
     if event_type == Fact.EXTENDED:
-        return _extended(told, record, seq)
+        return _extended(told, record, seq, min(EXTENSION_MS_MAX, changed.policy.extension_ms))
+    if event_type == Fact.OUTAGE_EXTENDED:
+        return _extended(told, record, seq, EXTENSION_MS_MAX)
     moved = changed.ends_at - told.auction.ends_at
     # An operator's new end is bound by the cap only; a pause moves the cap itself.
     lawful = min(told.lawful_ends_at + moved, _cap_of(changed)) if moved else told.lawful_ends_at
@@ -142,21 +144,20 @@ def _changed(auction: Auction, event_type: str, fields: Mapping[str, str], detai
             )
         case Fact.RESCHEDULED:
             return replace(auction, ends_at=EpochMs(details["ends_at"]))
-        case Fact.EXTENDED:
+        case Fact.EXTENDED | Fact.OUTAGE_EXTENDED:
             clipped_by = details["clipped_by"]
             return replace(
                 auction,
                 ends_at=EpochMs(details["ends_at"]),
-                extension_count=auction.extension_count + 1,
+                extension_count=auction.extension_count + (event_type == Fact.EXTENDED),
                 clipped_by=Cap(clipped_by) if clipped_by else None,
             )
     return auction
 
 
-def _extended(told: Told, record: TimerRecord, seq: int) -> Told:
+def _extended(told: Told, record: TimerRecord, seq: int, step_max: int) -> Told:
     before, after = told.auction, record.auction
     moved = after.ends_at - before.ends_at
-    step_max = min(EXTENSION_MS_MAX, after.policy.extension_ms)
     cap = _cap_of(after)
     lawful = min(told.lawful_ends_at + min(moved, step_max), cap)
     breach = told.breach

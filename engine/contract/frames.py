@@ -65,6 +65,7 @@ _FRAME_OF: Final[dict[Fact, str]] = {
     Fact.CANCELLED: TIMER_CANCELLED,
     Fact.OFFER_CANCELLED: TIMER_CANCELLED,
     Fact.CORRECTED: TIMER_RESYNCED,
+    Fact.OUTAGE_EXTENDED: TIMER_EXTENDED,
 }
 
 _ADDED: Final[dict[Fact, tuple[str, ...]]] = {
@@ -75,6 +76,7 @@ _ADDED: Final[dict[Fact, tuple[str, ...]]] = {
     Fact.CANCELLED: ("reason",),
     Fact.OFFER_CANCELLED: ("reason",),
     Fact.CORRECTED: ("cause", "previous_ends_at"),
+    Fact.OUTAGE_EXTENDED: ("previous_ends_at", "bid_id", "clipped_by", "reason"),
 }
 
 

@@ -47,6 +47,7 @@ class CommandType(StrEnum):
     RETRY_REQUESTED = "troubleshooting.retry.requested"
     DISCARD_REQUESTED = "troubleshooting.cancel.requested"
     CORRECTION_REQUESTED = "timers.correction.requested"
+    OUTAGE_OBSERVED = "service.outage.observed"
     RESYNC_REPORTED = "timers.resync.reported"
 
 
@@ -124,7 +125,19 @@ class Correct:
     unknown: bool = False
 
 
-Request = Retry | Discard | Resync | Correct
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """No gateway could write to this shard after `since` and before `until` (requirement B8), so no producer could either.
+
+    `extension_ms` travels with it, so that the same log folds to the same result whatever a later setting says.
+    """
+
+    since: EpochMs
+    until: EpochMs
+    extension_ms: int
+
+
+Request = Retry | Discard | Resync | Correct | Outage
 """What gateways and the reconciler ask of a shard, and no transition of the life cycle."""
 
 
@@ -132,7 +145,8 @@ Request = Retry | Discard | Resync | Correct
 class IntakeEvent:
     """A readable input event.
 
-    Exactly one of `auction_id` and `offer_id` says what it is about; an operator's `Retry` or `Discard` has neither.
+    Exactly one of `auction_id` and `offer_id` says what it is about; an operator's `Retry` or `Discard`, and an `Outage`,
+    have neither.
     """
 
     context: Context
@@ -191,7 +205,7 @@ def decode(event_id: str, body: bytes) -> IntakeEvent:
         raise SchemaError(f"type {event_type[:100]!r} is unknown")
     auction_id = fields.text_or_none("auction_id")
     offer_id = fields.text_or_none("offer_id") if event_type == EventType.OFFER_CANCELLED else None
-    if auction_id is None and offer_id is None and event_type not in _ABOUT_A_COMMAND:
+    if auction_id is None and offer_id is None and event_type not in _ABOUT_NO_AUCTION:
         raise SchemaError("auction_id is missing")
     if auction_id is not None and not AUCTION_ID.fullmatch(auction_id):
         raise SchemaError("auction_id is not 1-128 of A-Z a-z 0-9 . _ : -")
@@ -374,7 +388,9 @@ def _correct(_auction_id: str, detail: _Fields) -> Correct:
     )
 
 
-_ABOUT_A_COMMAND: Final = frozenset({CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED})
+_ABOUT_NO_AUCTION: Final = frozenset(
+    {CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED, CommandType.OUTAGE_OBSERVED}
+)
 _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Request]]] = {
     EventType.AUCTION_STARTED: _register,
     EventType.BID_ACCEPTED: _bid,
@@ -392,4 +408,7 @@ _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Request]]] = {
         detail.integer("drift_ms"), detail.integer_or_none("rtt_ms")
     ),
     CommandType.CORRECTION_REQUESTED: _correct,
+    CommandType.OUTAGE_OBSERVED: lambda _id, detail: Outage(
+        detail.instant("since"), detail.instant("until"), detail.integer("extension_ms")
+    ),
 }

@@ -59,6 +59,7 @@ class ShardKeys:
     undelivered: str
     lease: str
     cursor: str
+    attendance: str
     timer_prefix: str
     offer_prefix: str
     seen_prefix: str
@@ -83,6 +84,7 @@ class ShardKeys:
             undelivered=f"auction:undelivered:{tag}",
             lease=f"auction:lease:{tag}",
             cursor=f"auction:cursor:{tag}",
+            attendance=f"auction:attendance:{tag}",
             timer_prefix=f"auction:timer:{tag}:",
             offer_prefix=f"auction:offer:{tag}:",
             seen_prefix=f"auction:seen:{tag}:",

@@ -207,7 +207,8 @@ CORRECTIONS: Final = Metric(
     Kind.COUNTER,
     "Drifts that the reconciler found and asked to repair or, where no event can mend them, wrote down; by what was wrong.",
     "Read `auction:timer:reconciliations`: each has its cause, before, after and evidence. `heartbeat_frozen`, "
-    "`engine_silent`: look at that engine. `cap_breached`, `memory_differs`, `log_missing`: must be 0; keep Redis as it is and report a bug. "
+    "`engine_silent`: look at that engine. `cap_breached`, `memory_differs`, `log_missing`: must be 0; keep Redis as it is, "
+    "and report a bug. "
     "The others: somebody or something writes to Redis besides the engine; find out who.",
     labels=("kind",),
 )

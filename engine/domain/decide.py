@@ -56,6 +56,7 @@ class Fact(StrEnum):
     BID_ACCEPTED = "bid_accepted"
     LATE_BID_IGNORED = "late_bid_ignored"
     CORRECTED = "auction_timer_corrected"
+    OUTAGE_EXTENDED = "auction_timer_extended_for_outage"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,5 +23,11 @@ class StoreLimits:
     """Answers kept for one who asked and has not read them."""
     reconciliations_max: int = 10_000
     """Entries of the stream of reconciliations, which is one for all shards."""
+    attendant: str = ""
+    """The gateway that uses this store; empty for every other process, whose writing proves nothing about producers."""
+    outage_ms: int = 5_000
+    """A shard that no gateway could write to for longer than this had an outage. Gateways beat every second."""
+    outage_extension_ms: int = 0
+    """By how much an outage in its closing window extends an auction; 0 leaves outages alone."""
     closed_retention_ms: int = 30 * 24 * HOUR_MS
     """How long a closed auction can be read, and replays of its start are recognised as such."""

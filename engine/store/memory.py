@@ -13,10 +13,12 @@ from typing import TypeVar
 
 from engine.contract.audit import ChainHead
 from engine.contract.cursors import START, stream_order
+from engine.contract.intake import Actor, CommandType, Context, IntakeEvent, Outage, encode
 from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
 from engine.domain.instants import EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.protocol import (
+    OUTAGE_HOLD_MS,
     Announce,
     Appended,
     AuditEntry,
@@ -50,6 +52,7 @@ from engine.store.protocol import (
     ShardHead,
     Standing,
     Superseded,
+    Unattended,
     Undrained,
     Unpark,
     UpdateEntry,
@@ -71,6 +74,9 @@ class ShardMemory:
     offset_ms: int = 0
     last_commit: str = ""
     last_commit_at: int = 0
+    attended_at: EpochMs | None = None
+    outage_since: EpochMs | None = None
+    outage_id: str = START
     serial: int = 0
     events: list[Entry] = field(default_factory=list)
     updates: list[UpdateEntry] = field(default_factory=list)
@@ -101,6 +107,8 @@ class MemoryStore:
         self._authority_us = authority_us
         self._intake_max = intake_max
         self._troubleshooting_max = troubleshooting_max
+        self.limits = StoreLimits()
+        """What it says of outages counts here; the other bounds are parameters."""
         self._deployment: int | None = None
         self.connections = 1
         self._grown = asyncio.Event()
@@ -133,6 +141,8 @@ class MemoryStore:
     ) -> list[Appended]:
         memory = self.shards[shard]
         at = self._stamp(memory, est)
+        if self.limits.attendant:
+            self._attend(memory, at, begins=not drafts)
         held, added = len(memory.events), False
         answer = []
         for n, draft in enumerate(drafts):
@@ -151,6 +161,35 @@ class MemoryStore:
             answer.append(Appended(draft.event_id, True, at))
         self._grow()
         return answer
+
+    def _attend(self, memory: ShardMemory, at: EpochMs, *, begins: bool) -> None:
+        limits, seen = self.limits, memory.attended_at
+        if seen is not None and limits.outage_extension_ms > 0 and at - seen > limits.outage_ms:
+            outage = Outage(seen, at, limits.outage_extension_ms)
+            name = f"outage-{seen}-{at}"
+            context = Context(name, CommandType.OUTAGE_OBSERVED, name, name, Actor("system", limits.attendant))
+            memory.events.append(
+                Entry(memory.next_id(), at, name, encode(IntakeEvent(context, outage, None)))
+            )
+            memory.outage_since = seen if memory.outage_since is None else memory.outage_since
+            memory.outage_id = memory.events[-1].stream_id
+            memory.last_at = at
+        if seen is not None or begins:
+            memory.attended_at = at
+
+    def _unattended(self, memory: ShardMemory, batch: Batch, at: EpochMs) -> CommitResult | None:
+        closes_at, limits = batch.closes_at, self.limits
+        if closes_at is None or limits.outage_extension_ms == 0 or at >= closes_at + OUTAGE_HOLD_MS:
+            return None
+        if memory.attended_at is not None and memory.attended_at < closes_at - limits.outage_ms:
+            return Unattended(memory.attended_at)
+        if (
+            memory.outage_since is not None
+            and closes_at > memory.outage_since
+            and stream_order(batch.intake) < stream_order(memory.outage_id)
+        ):
+            return Undrained()
+        return None
 
     async def claim(self, shard: int, holder: str, seen: Lease | None) -> Lease:
         memory = self.shards[shard]
@@ -236,6 +275,10 @@ class MemoryStore:
             waiting = _behind(memory.events, batch.intake, 1)
             if waiting and (waiting[0].at is None or waiting[0].at < batch.due_at):
                 return Undrained()
+        if (refused := self._unattended(memory, batch, at)) is not None:
+            return refused
+        if stream_order(batch.intake) >= stream_order(memory.outage_id):
+            memory.outage_since = None
         for operation in batch.operations:
             self._apply(memory, operation, at)
         memory.intake_cursor, memory.chain = batch.intake, batch.chain

@@ -7,11 +7,15 @@ which operations a bid or a close needs is decided in `engine.domain` and spelle
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from engine.contract.audit import ChainHead
 from engine.contract.timers import CorruptTimerError, TimerRecord
 from engine.domain.instants import EpochMs
+from engine.domain.policy import EXTENSION_MS_MAX
+
+OUTAGE_HOLD_MS: Final = EXTENSION_MS_MAX
+"""A close is held for an outage no longer than an extension can move an end: afterwards it could help nobody."""
 
 
 class StoreError(Exception):
@@ -222,6 +226,9 @@ class Batch:
     3. `after` is where the shard stands, and each of `versions` is the version of that auction (`Superseded`).
     4. if `due_at` is set, the stamp of this commit is at least `due_at` (`Early`), and no intake entry behind `intake`
        arrived before it (`Undrained`).
+    5. if `closes_at` is set, a gateway has written to the shard since `outage_ms` before it (`Unattended`), and no outage
+       that began before it is unapplied (`Undrained`). It holds for `OUTAGE_HOLD_MS` after `closes_at`, and only where
+       outages count and a gateway has ever beaten.
     """
 
     shard: int
@@ -232,6 +239,8 @@ class Batch:
     intake: str
     chain: ChainHead
     due_at: EpochMs | None = None
+    closes_at: EpochMs | None = None
+    """The latest end among the auctions that it closes."""
     versions: dict[str, int] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
 
@@ -274,7 +283,14 @@ class Undrained:
     """Intake entries that arrived before `due_at` are still unapplied; apply them first."""
 
 
-CommitResult = Committed | Fenced | Superseded | Early | Undrained
+@dataclass(frozen=True, slots=True)
+class Unattended:
+    """No gateway could write to the shard since `at`, which is too long before a close of the batch: wait for one."""
+
+    at: EpochMs
+
+
+CommitResult = Committed | Fenced | Superseded | Early | Undrained | Unattended
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +446,10 @@ class Intake(Protocol):
         The stamp is `max(last_at, clamp(TIME + offset, est - 250, est + 250))`, so it never goes back and a stepping
         server clock cannot falsify it by more than 250 ms. A draft of which any seen id was appended before is a
         duplicate. Repeating a call with the same `command_id` repeats its answer.
+
+        Where the store is a gateway's (`StoreLimits.attendant`), the call also proves that producers can reach the shard;
+        with no drafts it does only that, and begins to. If no gateway did for longer than `outage_ms`, the outage is appended
+        before the drafts, as an event of its own.
 
         Raises:
             IntakeFullError: the shard's backlog is at its bound, or its troubleshooting is, which does not hinder operators.

@@ -15,6 +15,7 @@ from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.link import BLOCK_MS_MAX, RedisLink, RedisRefusedError, heeding_cancellation
 from engine.store.protocol import (
+    OUTAGE_HOLD_MS,
     Announce,
     Appended,
     AuditEntry,
@@ -49,6 +50,7 @@ from engine.store.protocol import (
     Standing,
     StoreUnavailableError,
     Superseded,
+    Unattended,
     Undrained,
     Unpark,
     UpdateEntry,
@@ -149,11 +151,12 @@ class RedisStore:
         self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
     ) -> list[Appended]:
         names = self._keys(shard)
-        key_names = [names.events, names.cursor, names.parked]
+        key_names = [names.events, names.cursor, names.parked, names.attendance]
         limits = self.limits
         args: list[str | bytes | int] = [
             est, limits.stamp_bound_ms, command_id, limits.seen_ms, limits.intake_max,
-            0 if by_operator else limits.troubleshooting_max, len(drafts),
+            0 if by_operator else limits.troubleshooting_max,
+            limits.attendant, limits.outage_ms, limits.outage_extension_ms, len(drafts),
         ]  # fmt: skip
         for draft in drafts:
             seen_ids = (draft.event_id, *draft.seen_ids)
@@ -262,6 +265,8 @@ class RedisStore:
                 return Early(int(answer[1]))
             case b"UNDRAINED":
                 return Undrained()
+            case b"UNATTENDED":
+                return Unattended(EpochMs(int(answer[1])))
             case other:
                 raise AssertionError(f"commit.lua answered {other!r}")
 
@@ -270,7 +275,7 @@ class RedisStore:
         names = self._keys(batch.shard)
         key_names = [
             names.lease, names.cursor, names.events, names.deadlines, names.paused, names.closed,
-            names.audit, names.updates, names.troubleshooting, names.parked,
+            names.audit, names.updates, names.troubleshooting, names.parked, names.attendance,
         ]  # fmt: skip
         index: dict[str, int] = {}
 
@@ -286,7 +291,9 @@ class RedisStore:
             batch.epoch, batch.commit_id, batch.est, limits.stamp_bound_ms,
             batch.after.intake, batch.after.chain.seq, batch.due_at or 0,
             batch.intake, batch.chain.seq, batch.chain.hash,
-            limits.closed_retention_ms, limits.updates_max, limits.replies_max, limits.seen_ms, len(batch.versions),
+            limits.closed_retention_ms, limits.updates_max, limits.replies_max, limits.seen_ms,
+            (batch.closes_at or 0) if limits.outage_extension_ms else 0, limits.outage_ms, OUTAGE_HOLD_MS,
+            len(batch.versions),
         ]  # fmt: skip
         for auction_id, version in batch.versions.items():
             args += (key(names.timer_prefix + auction_id), version)

@@ -15,7 +15,7 @@ from engine.contract.intake import EventType
 from engine.domain.events import Bid
 from engine.domain.instants import EpochMs
 from engine.shard import ShardLostError
-from engine.store.protocol import Batch, Committed, Early, Entry, Fenced, Group, Superseded, Undrained
+from engine.store.protocol import Batch, Committed, Early, Entry, Fenced, Group, Superseded, Unattended, Undrained
 from tests.fakes.events import (
     bid,
     cancel,
@@ -898,7 +898,7 @@ async def test_more_due_auctions_than_fit_a_batch(world: World, batch_max: int) 
 
 async def test_answers_of_the_store_that_cannot_be(world: World) -> None:
     """The kinds of answer that a commit has are all known to a turn (a new kind must be decided on)."""
-    assert {Committed, Fenced, Superseded, Early, Undrained} == set(
+    assert {Committed, Fenced, Superseded, Early, Undrained, Unattended} == set(
         shard_module.ShardStore.commit.__annotations__["return"].__args__
     )
 

@@ -1,15 +1,17 @@
 #!lua
 -- Append events to the intake of one shard: stamp their arrival, recognise repetitions. One atomic step.
 --
--- KEYS  1 auction:events:{k}   2 auction:cursor:{k}   3 auction:parked:{k}
---       4.. auction:seen:{k}:<id>, in the order of the drafts
+-- KEYS  1 auction:events:{k}   2 auction:cursor:{k}   3 auction:parked:{k}   4 auction:attendance:{k}
+--       5.. auction:seen:{k}:<id>, in the order of the drafts
 -- ARGV  1 est: the caller's estimate of the auction clock, ms
 --       2 bound of the stamp around est, ms
 --       3 command id: the same one again repeats the answer
 --       4 how long a repetition is recognised, ms
 --       5 bound of the stream's length
 --       6 bound of the commands in troubleshooting, or 0: an operator's command is never refused for them
---       7 number of drafts; then for each: event id, number of its seen ids, body
+--       7 the gateway that calls, or "" if it is none
+--       8 how long no gateway may write before that is an outage, ms   9 by how much an outage extends, ms, or 0
+--      10 number of drafts, 0 for a mere beat; then for each: event id, number of its seen ids, body
 -- Returns {"OK", stamp, then for each draft: "accepted" or "duplicate", its arrival}
 --         {"FULL", length} or {"TROUBLED", commands in troubleshooting}, and nothing is added
 --
@@ -18,7 +20,8 @@
 local events, cursor = KEYS[1], KEYS[2]
 local est, bound = tonumber(ARGV[1]), tonumber(ARGV[2])
 local command_id, seen_ms, length_max = ARGV[3], ARGV[4], tonumber(ARGV[5])
-local troubled_max, drafts = tonumber(ARGV[6]), tonumber(ARGV[7])
+local troubled_max, drafts = tonumber(ARGV[6]), tonumber(ARGV[10])
+local attendance, attendant, outage_ms, extension_ms = KEYS[4], ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
 
 local head = redis.call('HMGET', cursor, 'last_at', 'offset')
 local time = redis.call('TIME')
@@ -27,9 +30,28 @@ now = math.max(est - bound, math.min(est + bound, now))
 now = math.max(tonumber(head[1]) or 0, now)
 local stamp = string.format('%.0f', now)
 
+-- A gateway that can write here proves that producers could. If none did for too long, that is told before anything that
+-- is appended now: whoever folds the intake learns of the outage before it meets an event that came after it.
+if attendant ~= '' then
+  local seen = redis.call('HGET', attendance, 'at')
+  if seen and extension_ms > 0 and now - tonumber(seen) > outage_ms then
+    local name = 'outage-' .. seen .. '-' .. stamp
+    local id = redis.call('XADD', events, '*', 'at', stamp, 'id', name, 'body', string.format(
+      '{"type":"service.outage.observed","auction_id":null,"offer_id":null,"trace_id":"%s","correlation_id":"%s",'
+      .. '"actor":{"type":"system","id":"%s"},"reply_to":null,"occurred_at":null,'
+      .. '"detail":{"since":%s,"until":%s,"extension_ms":%.0f}}', name, name, attendant, seen, stamp, extension_ms))
+    redis.call('HSETNX', attendance, 'since', seen)
+    redis.call('HSET', attendance, 'outage', id)
+    redis.call('HSET', cursor, 'last_at', stamp)
+  end
+  if seen or drafts == 0 then
+    redis.call('HSET', attendance, 'at', stamp)
+  end
+end
+
 local length = redis.call('XLEN', events)
 local answer = {'OK', stamp}
-local key, arg, added = 4, 8, false
+local key, arg, added = 5, 11, false
 for n = 1, drafts do
   local event_id, ids, body = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
   local mark = false

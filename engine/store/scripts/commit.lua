@@ -4,13 +4,15 @@
 --
 -- KEYS  1 auction:lease:{k}      2 auction:cursor:{k}   3 auction:events:{k}   4 auction:deadlines:{k}
 --       5 auction:paused:{k}     6 auction:closed:{k}   7 auction:audit:{k}    8 auction:updates:{k}
---       9 auction:troubleshooting:{k}                  10 auction:parked:{k}
---       11.. timer hashes, reply streams, offer and command keys: ARGV names them by index
+--       9 auction:troubleshooting:{k}                  10 auction:parked:{k}   11 auction:attendance:{k}
+--       12.. timer hashes, reply streams, offer and command keys: ARGV names them by index
 -- ARGV  1 epoch                  2 commit id            3 est, ms              4 bound of the stamp around est, ms
 --       5 intake id it builds on 6 audit seq it builds on                      7 due_at, ms, or 0
 --       8 intake id it leads to  9 audit seq            10 audit hash
 --      11 retention of closed auctions, ms             12 length of the event lane  13 length of a reply stream
---      14 how long a repetition is recognised, ms      15 number of version guards; then for each: key index, version
+--      14 how long a repetition is recognised, ms
+--      15 latest end among the closes, ms, or 0        16 how long no gateway may write before that is an outage, ms
+--      17 how long a close is held for an outage, ms   18 number of version guards; then for each: key index, version
 --      then the operations: letter, number of arguments, arguments
 --        T key n   field, value, ...      write fields of a timer hash
 --        L id, score                      live: deadline
@@ -25,12 +27,19 @@
 --        E id, body, attempts, first seen at  end of the intake, stamped with this commit
 --        K key, body                      outcome of a command
 --        O key, value, forget             offer binding
--- Returns {"OK", stamp} | {"FENCED", epoch} | {"EARLY", ms} | {"UNDRAINED"}
+-- Returns {"OK", stamp} | {"FENCED", epoch} | {"EARLY", ms} | {"UNDRAINED"} | {"UNATTENDED", when a gateway last wrote}
 --         {"SUPERSEDED", what}, and if it is a hash that is not of its version, also which of the guards, and that version
 --
 -- allow-oom: a close must commit when the server is out of memory; what it adds is bounded, what it frees is not less.
 local lease, cursor, events, deadlines, paused, closed = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local audit, updates, troubleshooting, parked = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local audit, updates, troubleshooting, parked, attendance = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+
+local function is_before(one, other)
+  local ms, seq = string.match(one, '(%d+)-(%d+)')
+  local other_ms, other_seq = string.match(other, '(%d+)-(%d+)')
+  ms, other_ms = tonumber(ms), tonumber(other_ms)
+  return ms < other_ms or (ms == other_ms and tonumber(seq) < tonumber(other_seq))
+end
 
 local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit', 'commit_at')
 if head[5] == ARGV[2] then
@@ -47,8 +56,8 @@ if (head[2] or '0') ~= ARGV[6] then
   return {'SUPERSEDED', 'audit ' .. (head[2] or '0')}
 end
 
-local arg = 16
-for n = 1, tonumber(ARGV[15]) do
+local arg = 19
+for n = 1, tonumber(ARGV[18]) do
   local key = KEYS[tonumber(ARGV[arg])]
   local version = redis.call('HGET', key, 'version') or '0'
   if version ~= ARGV[arg + 1] then
@@ -76,6 +85,19 @@ if due_at > 0 then
     if not arrival or arrival < due_at then
       return {'UNDRAINED'}
     end
+  end
+end
+
+-- The outage guard (requirement B8): producers could reach us up to the end, and every outage before it has been applied.
+-- Held for a while only: after that an extension could not help anybody.
+local attended = redis.call('HMGET', attendance, 'at', 'outage', 'since')
+local closes_at = tonumber(ARGV[15])
+if closes_at > 0 and now < closes_at + tonumber(ARGV[17]) then
+  if attended[1] and tonumber(attended[1]) < closes_at - tonumber(ARGV[16]) then
+    return {'UNATTENDED', attended[1]}
+  end
+  if attended[2] and closes_at > tonumber(attended[3]) and is_before(ARGV[8], attended[2]) then
+    return {'UNDRAINED'}
   end
 end
 
@@ -140,6 +162,9 @@ while arg <= count do
   arg = z + 1
 end
 
+if attended[2] and not is_before(ARGV[8], attended[2]) then
+  redis.call('HDEL', attendance, 'outage', 'since')
+end
 redis.call('HSET', cursor, 'intake', ARGV[8], 'seq', ARGV[9], 'hash', ARGV[10],
   'last_at', stamp, 'commit', ARGV[2], 'commit_at', stamp)
 return {'OK', stamp}

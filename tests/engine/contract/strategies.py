@@ -16,6 +16,7 @@ from engine.contract.intake import (
     Discard,
     EventType,
     IntakeEvent,
+    Outage,
     Request,
     Resync,
     Retry,
@@ -104,6 +105,8 @@ def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrate
             return st.builds(
                 Correct, reasons, fields, st.integers(0, 2**53), st.none() | instants, st.booleans()
             )
+        case CommandType.OUTAGE_OBSERVED:
+            return st.builds(Outage, instants, instants, st.integers(0, 900_000))
         case CommandType.RESYNC_REPORTED:
             return st.builds(Resync, st.integers(-(2**53), 2**53), st.none() | st.integers(0, 2**53))
 

@@ -15,8 +15,9 @@ from engine.domain.correction import correct
 from engine.domain.decide import Decision, Fact, decide
 from engine.domain.events import Bid, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.fold import fold
-from engine.domain.instants import MINUTE_MS
+from engine.domain.instants import HOUR_MS, MINUTE_MS, EpochMs
 from engine.domain.lifecycle import Status, Trigger
+from engine.domain.outage import extend_over
 from engine.domain.policy import Policy
 from engine.domain.withdrawal import WithdrawalReason
 from tests.engine.domain.examples import (
@@ -61,6 +62,7 @@ ANNOUNCED: Final[dict[Fact, list[tuple[str, set[str]]]]] = {
     ],
     Fact.BID_ACCEPTED: [("bid.accepted", BID)],
     Fact.LATE_BID_IGNORED: [],
+    Fact.OUTAGE_EXTENDED: [("timer.extended", {"timer", "previous_ends_at", "bid_id", "clipped_by", "reason"})],
     Fact.CORRECTED: [("timer.resynced", {"timer", "cause", "previous_ends_at"})],
 }
 
@@ -94,6 +96,7 @@ DECISIONS: Final[dict[Fact, Decision]] = {
     Fact.EXTENDED: told(Status.CLOSING, Trigger.BID),
     Fact.BID_ACCEPTED: told(Status.ACTIVE, Trigger.BID),
     Fact.LATE_BID_IGNORED: told(Status.ENDED, Trigger.BID),
+    Fact.OUTAGE_EXTENDED: next(extend_over(IN_STATUS[Status.CLOSING][0], EpochMs(1), EpochMs(NOW + 30 * HOUR_MS), 60_000)),
     Fact.CORRECTED: correct(
         IN_STATUS[Status.CLOSING][0], NOW, cause="hash_changed", found_version=9, found_ends_at=None
     ),

@@ -20,6 +20,7 @@ from engine.contract.intake import (
     Discard,
     EventType,
     IntakeEvent,
+    Outage,
     Resync,
     Retry,
     SchemaError,
@@ -107,6 +108,10 @@ EVENTS = {
         {"cause": "hash_changed", "fields": {"status": "ACTIVE"}, "found_version": 9, "found_ends_at": 5, "unknown": False},
         Correct("hash_changed", {"status": "ACTIVE"}, 9, EpochMs(5)),
     ),
+    CommandType.OUTAGE_OBSERVED: (
+        {"since": 5, "until": 7_005, "extension_ms": 120_000},
+        Outage(EpochMs(5), EpochMs(7_005), 120_000),
+    ),
     CommandType.RESYNC_REPORTED: ({"drift_ms": -740, "rtt_ms": 38}, Resync(-740, 38)),
 }
 Type = EventType | CommandType
@@ -134,7 +139,7 @@ def read(body: Any) -> IntakeEvent:
 
 
 def test_the_event_types_are_the_published_ones() -> None:
-    """Seven types come from producers, spelled as in the contract; five more are made by us."""
+    """Seven types come from producers, spelled as in the contract; six more are made by us."""
     assert [event_type.value for event_type in EventType] == [
         "offers.auction.started",
         "auctions.bid.accepted",
@@ -151,6 +156,7 @@ def test_the_event_types_are_the_published_ones() -> None:
         "troubleshooting.cancel.requested",
         "timers.resync.reported",
         "timers.correction.requested",
+        "service.outage.observed",
     }
 
 
@@ -248,7 +254,7 @@ def check_readable_or_refused(body: bytes) -> None:
         return
     assert decode("event-1", encode(event)) == event
     named = (event.auction_id is not None) + (event.offer_id is not None)
-    assert named == 1 or (isinstance(event.event, Retry | Discard) and event.offer_id is None)
+    assert named == 1 or (isinstance(event.event, Retry | Discard | Outage) and event.offer_id is None)
 
 
 @pytest.mark.requirement("R29")
@@ -404,7 +410,7 @@ def test_an_offer_is_cancelled_by_either_id() -> None:
     assert (by_offer.auction_id, by_offer.offer_id) == (None, "offer-1")
     by_both = read(body_of(EventType.OFFER_CANCELLED, offer_id="offer-1"))
     assert (by_both.auction_id, by_both.offer_id) == ("lot-7", None)
-    for event_type in set(EVENTS) - {EventType.OFFER_CANCELLED} - ABOUT_A_COMMAND:
+    for event_type in set(EVENTS) - {EventType.OFFER_CANCELLED, CommandType.OUTAGE_OBSERVED} - ABOUT_A_COMMAND:
         with pytest.raises(SchemaError, match=r"^auction_id is missing$"):
             read(body_of(event_type, auction_id=None, offer_id="offer-1"))
 

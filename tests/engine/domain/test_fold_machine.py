@@ -358,7 +358,7 @@ def test_the_machine_visits_every_status_and_every_fact() -> None:
         seen |= {decision.after.status for decision in machine.slept} | {said.fact for said in machine.slept}
         machine.teardown()
     assert set(Status) - seen == {Status.UNREGISTERED}
-    assert set(Fact) - {Fact.CORRECTED} <= seen
+    assert set(Fact) - {Fact.CORRECTED, Fact.OUTAGE_EXTENDED} <= seen
 
 
 def _begin(machine: FoldMachine) -> None:

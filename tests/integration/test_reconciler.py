@@ -1,0 +1,224 @@
+"""What is damaged behind the engine's back is found within a pass, repaired, written down, counted, and told to sockets."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import pytest
+from websockets.sync.client import ClientConnection, connect
+
+from engine.contract.keys import RECONCILIATIONS
+from tests.integration.events import bid, fresh_id, started
+from tests.integration.records import keys_of, records_of, stream
+from tests.integration.test_first_light import now_of, socket_url
+from tests.live import SCRIPT, LiveStack, until
+
+pytestmark = [pytest.mark.integration, pytest.mark.requirement("R12")]
+
+INTERVAL_MS: Final = 400
+LONG_MS: Final = 3_600_000
+WINDOW: Final = {"soft_close_window_ms": 600_000, "extension_ms": 60_000}
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[LiveStack]:
+    """A stack whose reconciler looks often."""
+    with TemporaryDirectory(prefix="at-") as directory:
+        made = LiveStack(Path(directory), env={"AUCTION_TIMER_RECONCILE_INTERVAL_MS": str(INTERVAL_MS)})
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+@pytest.fixture
+def auction(stack: LiveStack) -> str:
+    """An auction in its closing window, with five minutes left."""
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + 300_000, **WINDOW))
+    stack.until_status(auction_id, "CLOSING")
+    return auction_id
+
+
+def found(stack: LiveStack, auction_id: str) -> list[dict[str, str]]:
+    """What was written down about an auction."""
+    return [entry for entry in stream(stack, RECONCILIATIONS) if entry["auction_id"] == auction_id]
+
+
+def count_of(stack: LiveStack, kind: str) -> float:
+    """The counter of a kind of drift, over all processes."""
+    lines = stack.http.get("/metrics").text.splitlines()
+    prefix = f'auctions_timer_corrections_total{{kind="{kind}"}} '
+    return sum(float(line.removeprefix(prefix)) for line in lines if line.startswith(prefix))
+
+
+def resynced(socket: ClientConnection) -> dict[str, Any]:
+    """The next frame of a socket that says that the timer was corrected."""
+    while True:
+        frame: dict[str, Any] = json.loads(socket.recv(timeout=20))
+        if frame["type"] == "timer.resynced":
+            return frame
+        assert frame["type"] != "timer.ended", "it was closed"
+
+
+def hash_of(stack: LiveStack, auction_id: str) -> dict[str, str]:
+    """The hash as it is kept."""
+    kept = stack.redis("HGETALL", keys_of(auction_id).timer(auction_id))
+    return {name.decode(): value.decode() for name, value in kept.items()}
+
+
+def score_of(stack: LiveStack, auction_id: str) -> int | None:
+    """The deadline in the sorted set."""
+    score = stack.redis("ZSCORE", keys_of(auction_id).deadlines, auction_id)
+    return None if score is None else int(float(score))
+
+
+def damage(stack: LiveStack, auction_id: str, kind: str) -> None:
+    """What a hand does to Redis."""
+    names = keys_of(auction_id)
+    ends_at = stack.timer(auction_id)["ends_at"]
+    key = names.timer(auction_id)
+    commands: dict[str, list[Any]] = {
+        "entry_missing": ["ZREM", names.deadlines, auction_id],
+        "score_wrong": ["ZADD", names.deadlines, ends_at - 10_000, auction_id],
+        "hash_changed": ["HSET", key, "ends_at", ends_at - 200_000, "version", 77],
+        "hash_unreadable": ["HSET", key, "policy", "{"],
+        "hash_missing": ["DEL", key],
+        "end_past_cap": ["HSET", key, "ends_at", ends_at + 30 * 3_600_000],
+        "entry_extra": ["ZADD", names.paused, 5, auction_id],
+    }
+    stack.redis(*commands[kind])
+
+
+KINDS: Final = [
+    "entry_missing", "score_wrong", "hash_changed", "hash_unreadable", "hash_missing", "end_past_cap", "entry_extra",
+]  # fmt: skip
+
+
+@pytest.mark.requirement("B1")
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_found_repaired_and_told(stack: LiveStack, auction: str, kind: str) -> None:
+    """Hash, sorted set and socket say again what the log says; stream, audit and metrics tell what happened."""
+    before = stack.timer(auction)
+    counted = count_of(stack, kind)
+    with connect(socket_url(stack, auction), compression=None) as socket:
+        damage(stack, auction, kind)
+        frame = resynced(socket)
+    assert (frame["cause"], frame["timer"]["ends_at"]) == (kind, before["ends_at"])
+    assert frame["timer"]["version"] > before["version"]
+
+    kept = hash_of(stack, auction)
+    assert (int(kept["ends_at"]), kept["status"]) == (before["ends_at"], "CLOSING")
+    assert int(kept["version"]) == frame["timer"]["version"]
+    assert json.loads(kept["policy"])["extension_ms"] == WINDOW["extension_ms"]
+    assert score_of(stack, auction) == before["ends_at"]
+    assert stack.redis("ZSCORE", keys_of(auction).paused, auction) is None
+
+    (entry,) = [each for each in found(stack, auction) if each["cause"] == kind]
+    assert entry["action"] == "requested"
+    last = records_of(stack, auction)[-1]
+    assert (last["event_type"], last["actor_id"]) == ("auction_timer_corrected", "reconciler")
+    assert last["correlation_id"] == entry["correlation_id"]
+    assert last["details"]["cause"] == kind
+    until(lambda: count_of(stack, kind) > counted, "it is counted")
+
+
+@pytest.mark.requirement("R11")
+def test_a_bid_over_an_edited_hash_counts_on_what_the_log_says(stack: LiveStack, auction: str) -> None:
+    """A bid that comes before the repair is folded over what the engine holds, whatever version the hash was given."""
+    ends_at = stack.timer(auction)["ends_at"]
+    stack.redis("HSET", keys_of(auction).timer(auction), "ends_at", ends_at - 290_000, "version", 500)
+    stack.post(bid(auction))
+    bids = until(
+        lambda: [each for each in records_of(stack, auction) if each["event_type"] == "bid_accepted"], "the bid counts"
+    )
+    assert len(bids) == 1
+    until(lambda: hash_of(stack, auction)["ends_at"] == str(ends_at), "the hash says what the log says")
+    assert stack.timer(auction)["status"] == "CLOSING"
+
+
+def test_a_closed_auction_among_the_deadlines_is_taken_out(stack: LiveStack) -> None:
+    """It is not closed a second time, and its entry goes."""
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + 500, soft_close_window_ms=100))
+    ended = stack.until_status(auction_id, "ENDED")
+    stack.redis("ZADD", keys_of(auction_id).deadlines, ended["ends_at"] + 60_000, auction_id)
+    until(lambda: score_of(stack, auction_id) is None, "the entry is gone")
+    facts = [record["event_type"] for record in records_of(stack, auction_id)]
+    assert facts.count("auction_timer_ended") == 1
+    assert facts[-1] == "auction_timer_corrected"
+    assert [entry["cause"] for entry in found(stack, auction_id)] == ["closed_in_deadlines"]
+
+
+def test_an_entry_for_an_auction_that_never_was_goes(stack: LiveStack) -> None:
+    """Nobody waits for the end of nothing; the audit says what was removed."""
+    auction_id = fresh_id()
+    stack.redis("ZADD", keys_of(auction_id).deadlines, now_of(stack) + LONG_MS, auction_id)
+    until(lambda: score_of(stack, auction_id) is None, "the entry is gone")
+    assert [entry["cause"] for entry in found(stack, auction_id)] == ["entry_extra"]
+
+
+@pytest.mark.requirement("R10")
+def test_a_frozen_engine_is_reported_and_closes_late_but_never_early(stack: LiveStack) -> None:
+    """Its silence is found, and the overdue close; when it goes on it closes once, as of the end that stood."""
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + 2_000, soft_close_window_ms=1_000))
+    stack.until_status(auction_id, "ACTIVE")
+    (engine,) = stack.pids("engine")
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        until(
+            lambda: [each for each in stream(stack, RECONCILIATIONS) if each["cause"] == "heartbeat_frozen"],
+            "the frozen heartbeat is found",
+        )
+        until(lambda: "overdue" in {entry["cause"] for entry in found(stack, auction_id)}, "the late close is found")
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    ended = stack.until_status(auction_id, "ENDED")
+    assert ended["ended_at"] == ended["original_ends_at"]
+    facts = [record["event_type"] for record in records_of(stack, auction_id)]
+    assert facts.count("auction_timer_ended") == 1
+    assert count_of(stack, "heartbeat_frozen") > 0
+
+
+def once(stack: LiveStack, *options: str) -> subprocess.CompletedProcess[str]:
+    """A single pass by the command line."""
+    url = f"unix://{stack.data_dir / 'valkey.sock'}"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
+    command = [*SCRIPT, "reconciler", "--once", "--redis-url", url, "--data-dir", str(stack.data_dir), *options]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_single_pass_reports(short_tmp: Path) -> None:
+    """Exit code 0 with nothing found, 1 with drift that it leaves or repairs, 69 without a Redis."""
+    stack = LiveStack(short_tmp, env={"AUCTION_TIMER_RECONCILE_INTERVAL_MS": "3600000"})
+    try:
+        auction_id, now = fresh_id(), now_of(stack)
+        stack.post(started(auction_id, now, now + LONG_MS))
+        stack.until_status(auction_id, "ACTIVE")
+        clean = once(stack, "--report")
+        assert (clean.returncode, "0 drifts" in clean.stdout) == (0, True), clean
+        damage(stack, auction_id, "entry_missing")
+        dry = once(stack, "--report", "--dry-run")
+        assert (dry.returncode, auction_id in dry.stdout, "entry_missing" in dry.stdout) == (1, True, True), dry
+        assert score_of(stack, auction_id) is None
+        left = once(stack, "--report")
+        assert left.returncode == 1
+        assert "another reconciler is at work" in left.stdout
+        # Stopped, it holds the lease and does not beat: whoever looks once may act.
+        (running,) = stack.pids("reconciler")
+        os.kill(running, signal.SIGSTOP)
+        try:
+            acted = once(stack, "--report")
+        finally:
+            os.kill(running, signal.SIGCONT)
+        assert (acted.returncode, "requested" in acted.stdout) == (1, True), acted
+        until(lambda: score_of(stack, auction_id) is not None, "the entry is back")
+    finally:
+        stack.stop()
+    assert once(stack, "--report").returncode == 69
