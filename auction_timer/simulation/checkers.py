@@ -20,7 +20,7 @@ from auction_timer.simulation.witness import Witness
 from engine.contract import audit
 from engine.contract.cursors import Cursor, stream_order
 from engine.contract.frames import is_frame
-from engine.contract.intake import Discard, IntakeEvent, Retry, SchemaError, decode
+from engine.contract.intake import IntakeEvent, SchemaError, decode
 from engine.contract.keys import shard_of
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision
@@ -69,7 +69,8 @@ def closed_once(evidence: Evidence) -> list[str]:
     """Every auction whose deadline has passed was closed exactly once, in the audit and on the event lane (R5, B1)."""
     found = []
     for memory in evidence.shards.values():
-        records, frames = defaultdict(int), defaultdict(int)
+        records: defaultdict[str, int] = defaultdict(int)
+        frames: defaultdict[str, int] = defaultdict(int)
         for record in memory.audit:
             records[record["auction_id"]] += record["event_type"] == "auction_timer_ended"
         for update in memory.updates:
@@ -94,7 +95,9 @@ def no_bid_ignored(evidence: Evidence) -> list[str]:
     found = []
     for memory in evidence.shards.values():
         arrivals = {entry.stream_id: entry for entry in memory.events}
-        bids, over, known = defaultdict(list), {}, {}
+        bids: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+        over: dict[str, int] = {}
+        known: dict[str, tuple[int, int]] = {}
         for record in memory.audit:
             auction_id, kind = record["auction_id"], record["event_type"]
             if kind == "auction_timer_registered":
@@ -195,7 +198,7 @@ class Fold:
     def apply(self, entry: Entry) -> None:
         """One entry, in the order of the log."""
         event = _readable(entry)
-        if event is None or isinstance(event.event, Retry | Discard):
+        if event is None or not isinstance(event.event, InputEvent):
             return
         assert entry.at is not None
         asked = event.event
@@ -210,7 +213,7 @@ class Fold:
             auction_id = event.auction_id
         if isinstance(asked, Register):
             self._register(auction_id, asked, entry)
-        elif isinstance(asked, InputEvent):
+        else:
             self._decide(auction_id, asked, entry.at, entry.event_id)
 
     def _register(self, auction_id: str, asked: Register, entry: Entry) -> None:
@@ -268,9 +271,11 @@ def convergence(evidence: Evidence) -> list[str]:
             found.append(f"client {number} of {client.auction_id} was shown {shown}, the store has {stands}")
         # Each lane that there was, the one of the end last.
         lanes = [_orders(lane, client.auction_id) for lane in (*evidence.witness.shards[shard].lanes, memory.updates)]
-        for stretch in client.stretches:
-            if not any(_is_whole(stretch, lane) for lane in lanes):
-                found.append(f"client {number} of {client.auction_id} was not told of a break behind {stretch.since}")
+        found += [
+            f"client {number} of {client.auction_id} was not told of a break behind {stretch.since}"
+            for stretch in client.stretches
+            if not any(_is_whole(stretch, lane) for lane in lanes)
+        ]
         if client.stretches:
             last = client.stretches[-1]
             if not _is_whole(last, lanes[-1], to_the_end=True):

@@ -13,8 +13,10 @@ from gateway.closing import CloseCode
 from gateway.hub import Hub
 from gateway.room import Frame, Room
 
-COME_BACK_S: Final = 0.3
-"""How long a client waits before it tries again."""
+UNKNOWN_WAITS: Final = 1 / 6
+"""How long a client waits for an auction that is not announced yet, as a part of the time for which it stays connected."""
+COME_BACK_WAITS: Final = 1 / 20
+"""The same when the gateway was lost."""
 
 
 @dataclass(slots=True)
@@ -55,7 +57,8 @@ class Client:
             room = await self._room(hub) if hub is not None else None
             # Whatever happened while we waited: the gateway must be the one that it was, and still have the room.
             if hub is None or room is None or gateway.hub is not hub or hub.known(self.auction_id) is not room:
-                await asyncio.sleep(COME_BACK_S)
+                unknown = hub is not None and room is None
+                await asyncio.sleep(self._stays_s * (UNKNOWN_WAITS if unknown else COME_BACK_WAITS))
                 continue
             self._lost.clear()
             self.connections += 1
@@ -63,7 +66,7 @@ class Client:
                 self.event(frame)
             room.streams.add(self)
             try:
-                await self._stay(gateway, hub)
+                await self._stay(gateway)
             finally:
                 room.streams.discard(self)
 
@@ -73,7 +76,7 @@ class Client:
         except StoreUnavailableError:
             return None
 
-    async def _stay(self, gateway: GatewayProcess, hub: Hub) -> None:
+    async def _stay(self, gateway: GatewayProcess) -> None:
         hangs_up = asyncio.get_running_loop().call_later(self._random.expovariate(1 / self._stays_s), self._lost.set)
         gateway.farewells.append(self._lost.set)
         try:
@@ -96,10 +99,10 @@ class Client:
         if shown is not None:
             self.timer = shown
 
-    def tick(self, frame: Frame) -> None:
+    def tick(self, _frame: Frame) -> None:
         """See `gateway.room.Stream`."""
         self.ticks += 1
 
-    def close(self, code: CloseCode, reason: str) -> None:
+    def close(self, _code: CloseCode, _reason: str) -> None:
         """See `gateway.room.Stream`."""
         self._lost.set()

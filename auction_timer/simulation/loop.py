@@ -12,11 +12,12 @@ import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, TypeVarTuple, Unpack
 
 from auction_timer.simulation.timeline import Timeline
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 PROCESS: Final[ContextVar[str]] = ContextVar("PROCESS", default="")
 """The name of the process that a callback belongs to."""
@@ -91,7 +92,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Whether the process makes no steps."""
         return process in self._frozen
 
-    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(
+        self, callback: Callable[[Unpack[Ts]], object], *args: Unpack[Ts], context: Context | None = None
+    ) -> asyncio.Handle:
         if self._frozen and context is not None:
             held = self._frozen.get(context.get(PROCESS) or "")
             if held is not None:

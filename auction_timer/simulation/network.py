@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from auction_timer.simulation.timeline import Timeline
 from auction_timer.simulation.witness import Witness
@@ -26,8 +26,10 @@ from engine.store.protocol import (
     CommitResult,
     Draft,
     Entry,
+    Group,
     Lease,
     News,
+    Placed,
     ShardHead,
     StoreUnavailableError,
     UpdateEntry,
@@ -38,8 +40,8 @@ T = TypeVar("T")
 
 PATIENCE_MS: Final = 2_000.0
 """How long a caller waits for an answer. Of `engine.store.link`, about the same."""
-RECONNECT_MS: Final = 50.0
-"""How long a caller whose connection broke tries before it says so."""
+RECONNECT_MS: Final = 50
+"""How long a caller whose connection broke tries before it says so, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Network:
         self.witness = witness
         self.fate = fate
         self._idle_ms = idle_ms
+        self._reconnect_ms = max(RECONNECT_MS, idle_ms / 30)
         self.away = False
         self.gateways_first = False
         """After a failover: only gateways have found the new primary yet."""
@@ -92,7 +95,7 @@ class Network:
         self.generation += 1
         self._parked.clear()
         for future in list(self._waiting):
-            self._fail_in(RECONNECT_MS, future)
+            self._fail_in(self._reconnect_ms, future)
 
     def forget(self, process: str) -> None:
         """A process is gone: nobody waits for its answers. What it has sent arrives."""
@@ -107,8 +110,8 @@ class Network:
         """
         future = self._ask(process)
         if not self.is_reachable(process):
-            self._fail_in(RECONNECT_MS, future)
-            return await future
+            self._fail_in(self._reconnect_ms, future)
+            return cast(T, await future)
         fate = self.fate(name, writes)
         broken = self.generation
 
@@ -117,7 +120,7 @@ class Network:
                 return
             try:
                 answer = effect()
-            except Exception as error:  # noqa: BLE001 - whatever the store says is the answer
+            except Exception as error:
                 self._answer(future, fate, broken, None, error)
             else:
                 self._answer(future, fate, broken, answer, None)
@@ -131,7 +134,7 @@ class Network:
         if fate.request_lost or fate.answer_lost or fate.out_ms + fate.back_ms > PATIENCE_MS:
             self._fail_in(PATIENCE_MS, future)
         try:
-            return await future  # type: ignore[no-any-return]
+            return cast(T, await future)
         finally:
             self._waiting.pop(future, None)
 
@@ -143,8 +146,8 @@ class Network:
         """
         future = self._ask(process)
         if not self.is_reachable(process):
-            self._fail_in(RECONNECT_MS, future)
-            return await future
+            self._fail_in(self._reconnect_ms, future)
+            return cast(T, await future)
         fate = self.fate(name, False)
         broken = self.generation
 
@@ -161,9 +164,9 @@ class Network:
 
         self.line.call_in(fate.out_ms, arrive)
         if fate.request_lost or fate.answer_lost:
-            self._fail_in(max(block_ms, self._idle_ms) + PATIENCE_MS, future)
+            self._fail_in(block_ms + PATIENCE_MS, future)
         try:
-            return await future  # type: ignore[no-any-return]
+            return cast(T, await future)
         finally:
             self._waiting.pop(future, None)
 
@@ -233,7 +236,7 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
     try:
         work.send(None)
     except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
+        return cast(T, done.value)
     work.close()
     raise AssertionError("it waits: only calls that answer at once can be atomic")
 
@@ -360,7 +363,7 @@ class Link:
         """See `ShardStore`."""
 
         def pages() -> list[list[TimerRecord | CorruptTimerError]]:
-            found = []
+            found: list[list[TimerRecord | CorruptTimerError]] = []
             reading = self._store.live(shard)
             while True:
                 try:
@@ -415,6 +418,22 @@ class Link:
     async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
         """See `ViewStore`."""
         return await self._call("recent_updates", lambda: at_once(self._store.recent_updates(shard, count)))
+
+    async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
+        """See `ViewStore`."""
+        return await self._block("read_updates", lambda: at_once(self._store.read_updates(after, count, 0)), block_ms)
+
+    async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
+        """See `ViewStore`."""
+        return await self._call("page", lambda: at_once(self._store.page(shard, group, after, count)))
+
+    async def outcome(self, shard: int, command_id: str) -> bytes | None:
+        """See `ViewStore`."""
+        return await self._call("outcome", lambda: at_once(self._store.outcome(shard, command_id)))
+
+    async def is_appended(self, shard: int, command_id: str) -> bool:
+        """See `ViewStore`."""
+        return await self._call("is_appended", lambda: at_once(self._store.is_appended(shard, command_id)))
 
     def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         """See `ViewStore`."""

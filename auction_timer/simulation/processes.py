@@ -90,7 +90,7 @@ class Process:
         """Work until cancelled. Any other end is one that nobody has asked for."""
         try:
             await self._work()
-        except Exception as error:  # noqa: BLE001 - a process ends by whatever error reaches its top
+        except Exception as error:
             self.network.witness.ended_by_themselves.append(f"{incarnation}: {_innermost(error)!r}")
             self._task = None
             self.link.cut()

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Final
 
@@ -25,6 +26,7 @@ from engine.store.memory import MemoryStore
 from engine.store.protocol import Group
 
 DAY_MS: Final = 24 * HOUR_MS
+FAULTS_PER_DAY: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,13 @@ def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> 
         heartbeat_ms=60_000,
         observe_every_s=3_600.0,
     )
+    trouble = replace(WEEK_TROUBLE, events=max(5, round(days * FAULTS_PER_DAY))) if faults else NO_TROUBLE
     return Plan(
         seed,
         auctions=auctions,
         span_ms=max(HOUR_MS, round(days * DAY_MS)),
         scale=WEEK,
-        trouble=WEEK_TROUBLE if faults else NO_TROUBLE,
+        trouble=trouble,
         pace=pace,
         lease_ms=60_000,
         heartbeat_ms=20_000,
@@ -113,7 +116,7 @@ def simulate(plan: Plan) -> Outcome:
 
 
 @contextlib.contextmanager
-def _silence() -> "contextlib.AbstractContextManager[None]":  # type: ignore[misc]
+def _silence() -> Iterator[None]:
     """What engines log about faults that were made on purpose helps nobody, and takes most of the time."""
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
@@ -133,7 +136,7 @@ class _Simulation:
         self._weather = Weather(self._random("network"), rough=plan.trouble.calls)
         network = Network(line, self._store, self._witness, self._weather, plan.idle_ms)
         settings = Settings(
-            _env_file=None,  # type: ignore[call-arg]
+            _env_file=None,
             shards=plan.shards,
             lease_ms=plan.lease_ms,
             heartbeat_ms=plan.heartbeat_ms,
@@ -195,7 +198,7 @@ class _Simulation:
 
     async def _settle(self) -> None:
         """Everybody is well: wait until every auction is over that time can end, and everyone has heard of it."""
-        grace_s = 4 * self._plan.lease_ms / SECOND_MS + 10
+        grace_s = 4 * self._plan.lease_ms / SECOND_MS + self._plan.client_stays_s / 3
         await self._faults.revive()
         while True:
             await asyncio.sleep(grace_s)

@@ -166,7 +166,7 @@ class Life:
         self._offer_id = f"offer-of-{auction_id}" if random.random() < 0.7 else None
         scale = workload.scale
         low, high = sorted(random.choices(range(len(scale.lengths_ms)), k=2))
-        length_ms = random.randint(scale.lengths_ms[low], scale.lengths_ms[high])
+        length_ms = min(random.randint(scale.lengths_ms[low], scale.lengths_ms[high]), workload.span_ms)
         starts_in_ms = random.randint(scale.lead_ms, max(scale.lead_ms, workload.span_ms - length_ms))
         self._starts_at = EpochMs(BORN_MS + starts_in_ms // scale.grid_ms * scale.grid_ms)
         self._ends_at = EpochMs(self._starts_at + max(1, length_ms // scale.grid_ms) * scale.grid_ms)

@@ -1,0 +1,222 @@
+"""Whole simulations: a seed repeats, many seeds hold, and each checker finds the bug that was planted for it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from auction_timer.simulation.checkers import CHECKERS
+from auction_timer.simulation.run import Outcome, simulate, small, some_days
+from engine.clock import AuctionClock
+from engine.contract.keys import shard_of
+from engine.domain.auction import Auction
+from engine.domain.decide import Decision
+from engine.domain.events import Bid, InputEvent
+from engine.domain.fold import fold
+from engine.domain.instants import EpochMs
+from engine.domain.policy import Extension
+from engine.scheduler import Scheduler
+from engine.store.memory import MemoryStore, ShardMemory
+from engine.store.protocol import Announce, Lease, Operation, Record, UpdateEntry
+from gateway.hub import Hub
+
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "100"))
+"""How many seeds the suite runs: about 20 s. `SIMULATION_SEEDS=1000` for more."""
+PLANTED_SEEDS = 12
+"""In so many seeds a planted bug must show."""
+
+
+def explain(outcome: Outcome) -> str:
+    """What a failing seed says of itself."""
+    return f"SEED {outcome.plan.seed} {outcome.faults} {[(name, v[:3]) for name, v in outcome.violations.items() if v]}"
+
+
+@pytest.mark.requirement("B10")
+def test_many_seeds_keep_every_promise() -> None:
+    """Whatever crashes, pauses, loses and steps: every checker is content, and between them the seeds saw everything."""
+    seen: set[str] = set()
+    totals: dict[str, int] = {}
+    for seed in range(SEEDS):
+        outcome = simulate(small(seed))
+        assert outcome.is_good, explain(outcome)
+        assert set(outcome.violations) == set(CHECKERS)
+        seen |= outcome.faults.keys()
+        for name, number in outcome.counts.items():
+            totals[name] = totals.get(name, 0) + number
+    if SEEDS >= 50:
+        assert seen >= {
+            "crash", "pause", "outage", "lost suffix", "authority step", "authority far off", "wall step",
+            "network, commit: request lost", "network, commit: answer lost", "network, commit: twice",
+            "network, append: twice", "network, reads: slow",
+        }  # fmt: skip
+        assert totals["commits answered Fenced"] > 0
+        assert totals["closes lost by failovers"] > 0
+        assert totals["extensions"] > SEEDS
+        assert totals["late bids"] > SEEDS
+
+
+@pytest.mark.requirement("B10")
+def test_a_seed_replays_exactly() -> None:
+    """The same seed has the same trace, another one has another, and calm weather has none of the faults."""
+    one, again, other = simulate(small(3)), simulate(small(3)), simulate(small(4))
+    assert (one.trace, one.counts, one.faults) == (again.trace, again.counts, again.faults)
+    assert one.trace != other.trace
+    calm = simulate(small(3, faults=False))
+    assert calm.is_good, explain(calm)
+    assert calm.faults == {}
+
+
+@pytest.mark.requirement("B10")
+def test_the_command_says_its_seed_first_and_repeats_byte_for_byte() -> None:
+    """Also where the interpreter hashes strings in another order: nothing hangs on the order of a set."""
+    said = []
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-m", "auction_timer", "simulate", "--seed", "5", "--auctions", "5", "--days", "0.02"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1]
+    assert said[0].startswith("SEED 5\n")
+    assert "checker: exactly one close" in said[0]
+    assert said[0].splitlines()[-1].startswith("trace ")
+
+
+@pytest.mark.requirement("B10")
+def test_days_of_auctions_take_seconds() -> None:
+    """Days of people's auctions, with failovers and pauses of minutes, keep the promises too."""
+    outcome = simulate(some_days(11, auctions=15, days=0.2))
+    assert outcome.is_good, explain(outcome)
+    assert outcome.virtual_ms > 4 * 3_600_000
+    assert outcome.counts["closes"] > 8
+
+
+# Planted bugs: one for each checker.
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def closes_two_seconds_early(patch: pytest.MonkeyPatch) -> None:
+    """Engines are two seconds ahead, and the store takes their word for it."""
+    tells_us = AuctionClock.now_us
+    patch.setattr(AuctionClock, "now_us", lambda self: tells_us(self) + 2_000_000)
+
+    def stamp(_self: MemoryStore, memory: ShardMemory, est: EpochMs) -> EpochMs:
+        return EpochMs(max(memory.last_at, est))
+
+    patch.setattr(MemoryStore, "_stamp", stamp)
+
+
+def announces_a_close_twice(patch: pytest.MonkeyPatch) -> None:
+    """The event lane gets each `timer.ended` twice."""
+    apply = MemoryStore._apply
+
+    def twice(self: MemoryStore, memory: ShardMemory, operation: Operation, at: EpochMs) -> None:
+        apply(self, memory, operation, at)
+        if isinstance(operation, Announce) and operation.type == "timer.ended":
+            apply(self, memory, operation, at)
+
+    patch.setattr(MemoryStore, "_apply", twice)
+
+
+def ignores_bids_in_the_last_second(patch: pytest.MonkeyPatch) -> None:
+    """A bid in the last second counts as one that came at the end."""
+
+    def hasty(auction: Auction, event: InputEvent, at: EpochMs) -> list[Decision]:
+        if isinstance(event, Bid) and auction.registration is not None and 0 < auction.ends_at - at < 1_000:
+            at = auction.ends_at
+        return fold(auction, event, at)
+
+    patch.setattr("engine.journal.fold", hasty)
+
+
+def forgets_the_caps(patch: pytest.MonkeyPatch) -> None:
+    """An extension is what the bidder would like. The fold of the checkers has this bug too, and must not be needed."""
+
+    def generous(_policy: Any, *, ends_at: EpochMs, **_more: Any) -> Extension:
+        return Extension(EpochMs(ends_at + 16_000), None)
+
+    patch.setattr("engine.domain.decide.extension", generous)
+
+
+def edits_an_audit_record(patch: pytest.MonkeyPatch) -> None:
+    """Somebody else is named in a record, after its hash was made."""
+    apply = MemoryStore._apply
+
+    def edited(self: MemoryStore, memory: ShardMemory, operation: Operation, at: EpochMs) -> None:
+        if isinstance(operation, Record) and operation.fields["event_type"] == "auction_timer_started":
+            operation = Record(dict(operation.fields) | {"actor_id": "nobody"})
+        apply(self, memory, operation, at)
+
+    patch.setattr(MemoryStore, "_apply", edited)
+
+
+def skips_an_event_of_the_lane(patch: pytest.MonkeyPatch) -> None:
+    """A gateway overlooks every extension."""
+    take = Hub.on_updates
+
+    def overlooks(self: Hub, shard: int, entries: list[UpdateEntry]) -> None:
+        take(self, shard, [entry for entry in entries if entry.type != "timer.closing"])
+
+    patch.setattr(Hub, "on_updates", overlooks)
+
+
+def claims_without_a_new_epoch(patch: pytest.MonkeyPatch) -> None:
+    """A claim does not raise the fencing epoch."""
+
+    async def claim(self: MemoryStore, shard: int, holder: str, seen: Lease | None) -> Lease:
+        memory = self.shards[shard]
+        if not memory.lease.holder or memory.lease.holder == holder or memory.lease == seen:
+            memory.lease = Lease(holder, 1, 0)
+        return memory.lease
+
+    patch.setattr(MemoryStore, "claim", claim)
+
+
+def falls_over_a_tick(patch: pytest.MonkeyPatch) -> None:
+    """The scheduler cannot bear the third auction."""
+    send = Scheduler._send_ticks
+
+    async def falls(self: Scheduler, now: EpochMs) -> bool:
+        if any("auction-2" in shard.live for shard in self._shards.values()):
+            raise ZeroDivisionError
+        return await send(self, now)
+
+    patch.setattr(Scheduler, "_send_ticks", falls)
+
+
+PLANTED: Mapping[str, Plant] = {
+    "no early close": closes_two_seconds_early,
+    "exactly one close": announces_a_close_twice,
+    "no bid in time ignored": ignores_bids_in_the_last_second,
+    "caps": forgets_the_caps,
+    "audit is the fold of the intake": edits_an_audit_record,
+    "every client converged": skips_an_event_of_the_lane,
+    "one holder per epoch": claims_without_a_new_epoch,
+    "nobody fell": falls_over_a_tick,
+}
+
+
+@pytest.mark.requirement("B10")
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_a_checker_finds_the_bug_that_was_planted_for_it(checker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checker that could not fail would prove nothing."""
+    PLANTED[checker](monkeypatch)
+    for seed in range(PLANTED_SEEDS):
+        if simulate(small(seed)).violations[checker]:
+            return
+    pytest.fail(f"{checker}: the planted bug was not found in {PLANTED_SEEDS} seeds")
+
+
+def test_both_shards_have_work() -> None:
+    """The auctions of a small plan spread over its shards, or takeovers would never meet live ones."""
+    plan = small(0)
+    assert {shard_of(f"auction-{n}", plan.shards) for n in range(plan.auctions)} == set(range(plan.shards))
