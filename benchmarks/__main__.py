@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from benchmarks import closing, fanout, fanout_delivery, fanout_storm, intake, recovery
+from benchmarks import closing, fanout, fanout_delivery, fanout_storm, intake, reconcile, recovery
 from benchmarks.harness import run
 
 SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any], dict[str, Any]]] = {
@@ -28,6 +28,11 @@ SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any],
         intake.measure,
         {"events": 100_000, "rate": 10_000, "seconds": 10.0},
         {"events": 1_000, "rate": 500, "seconds": 0.5},
+    ),
+    "reconcile": (
+        reconcile.measure,
+        {"auctions": 10_000, "seconds": 15.0},
+        {"auctions": 200, "seconds": 0.5},
     ),
     "recovery": (recovery.measure, {"timers": 100_000}, {"timers": 1_000}),
 }

@@ -1,0 +1,317 @@
+"""Tests for reconciler.loop and reconciler.observations: passes over a world with an engine in it, on the memory store."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import orjson
+import pytest
+from prometheus_client import CollectorRegistry
+
+from engine.contract.timers import heartbeat_line, tick_line
+from engine.domain.instants import EpochMs
+from engine.store.protocol import Group, Lease
+from reconciler.loop import Limits, Reconciler, Report
+from reconciler.metrics import ReconcilerMetrics
+from reconciler.observations import LogMovedBackError
+from tests.fakes.events import bid, pause, start
+from tests.fakes.world import QUICK, Worker, World, at
+
+pytestmark = pytest.mark.requirement("R12")
+
+LEASE_MS = 1_500
+
+
+class Rig:
+    """A world with an engine that holds three auctions, and a reconciler."""
+
+    def __init__(self, *, repairs_max: int = 100) -> None:
+        self.world = World()
+        self.registry = CollectorRegistry()
+        self.reconciler = Reconciler(
+            self.world.store,
+            self.world.store,
+            None,
+            self.world.clock(seed=5),
+            ReconcilerMetrics(self.registry),
+            holder="reconciler-1",
+            shards=1,
+            limits=Limits(interval_ms=1_000, repairs_max=repairs_max, lease_ms=LEASE_MS, heartbeat_ms=300),
+        )
+        self.worker: Worker
+
+    async def begin(self) -> "Rig":
+        """Three auctions run: one in its window, one before, one paused."""
+        self.worker = await Worker(self.world).begin()
+        await self.world.append(
+            start("closing", at(10), at(310), policy=QUICK),
+            start("active", at(10), at(3_000), policy=QUICK),
+            start("paused", at(10), at(3_000), policy=QUICK),
+        )
+        await self.worker.live_until(at(20))
+        await self.world.append(pause("paused", "p"))
+        await self.worker.live_until(at(260))
+        return self
+
+    async def look(self, **options: Any) -> Report:
+        """A pass."""
+        return await self.reconciler.make_pass(**options)
+
+    async def mend(self) -> Report:
+        """A pass, and the engine's work on what it asked for."""
+        report = await self.look()
+        await self.worker.work()
+        return report
+
+    def hear(self, *lines: bytes) -> None:
+        """The reconciler hears the wire."""
+        self.reconciler.wire.hear(0, b"\n".join(lines))
+
+    def hear_engine(self) -> None:
+        """What the engine says it holds."""
+        self.hear(heartbeat_line("engine-1", 1, self.world.authority.now_ms, self.worker.shard.holding()))
+
+    def fields(self, auction_id: str) -> dict[str, str]:
+        """A hash, to be read or damaged."""
+        return self.world.shard.timers[auction_id]
+
+    def deadlines(self) -> dict[str, int]:
+        """The sorted set of deadlines."""
+        return self.world.shard.groups[Group.LIVE]
+
+
+@pytest.fixture
+async def rig() -> Rig:
+    return await Rig().begin()
+
+
+def kinds(report: Report) -> list[tuple[str, str, str]]:
+    """What was found, about what, and what was done."""
+    return [(each.drift.kind.value, each.drift.auction_id, each.action) for each in report.findings]
+
+
+async def test_a_world_at_peace_has_no_drift(rig: Rig) -> None:
+    """Every auction is looked at, by every view, and nothing is found, also when an engine says what it holds."""
+    rig.hear_engine()
+    rig.hear(*[tick_line(record, rig.world.authority.now_ms) for record in rig.worker.shard.live.values()])
+    report = await rig.look()
+    assert (report.auctions, report.findings) == (3, [])
+    await rig.world.append(bid("closing", "b-1"))
+    await rig.worker.work()
+    assert kinds(await rig.look()) == []
+
+
+@pytest.mark.parametrize("auction_id", ["closing", "active", "paused"])
+@pytest.mark.parametrize("damage", ["hash_missing", "hash_changed", "hash_unreadable", "entry_missing"])
+async def test_damage_is_mended_in_one_pass(rig: Rig, auction_id: str, damage: str) -> None:
+    """Afterwards hash and sets are what they were, but for a higher version, and the next pass finds nothing."""
+    kept, groups = dict(rig.fields(auction_id)), {name: dict(at) for name, at in rig.world.shard.groups.items()}
+    match damage:
+        case "hash_missing":
+            del rig.world.shard.timers[auction_id]
+        case "hash_changed":
+            rig.fields(auction_id)["ends_at"] = str(int(kept["ends_at"]) - 5_000)
+        case "hash_unreadable":
+            rig.fields(auction_id)["policy"] = "{"
+        case "entry_missing":
+            for members in rig.world.shard.groups.values():
+                members.pop(auction_id, None)
+    assert kinds(await rig.mend()) == [(damage, auction_id, "requested")]
+    mended = dict(rig.fields(auction_id))
+    assert int(mended.pop("version")) > int(kept.pop("version"))
+    assert mended == kept
+    assert rig.world.shard.groups == groups
+    assert kinds(await rig.look()) == []
+    (recorded,) = rig.world.store.reconciliations
+    assert (recorded["cause"], recorded["auction_id"], recorded["action"]) == (damage, auction_id, "requested")
+    assert orjson.loads(recorded["evidence"]) is not None
+    assert rig.registry.get_sample_value("auctions_timer_corrections_total", {"kind": damage}) == 1
+
+
+@pytest.mark.requirement("B1")
+@pytest.mark.parametrize("version", [None, "99"])
+async def test_an_engine_that_loaded_a_damaged_hash_is_put_right(rig: Rig, version: str | None) -> None:
+    """A restart after the damage: what it believes is older than, or as old as, the log, and the log wins."""
+    rig.fields("active")["ends_at"] = str(at(900))
+    rig.worker = await Worker(rig.world, name="worker-2").begin()
+    assert rig.worker.shard.live["active"].auction.ends_at == at(900)
+    assert kinds(await rig.mend()) == [("hash_changed", "active", "requested")]
+    assert rig.worker.shard.live["active"].auction.ends_at == at(3_000)
+
+
+async def test_a_lost_hash_comes_back_to_an_engine_that_never_knew_it(rig: Rig) -> None:
+    """Entry and hash gone, engine restarted: only the log knows the auction, and that is enough."""
+    before = rig.worker.shard.live["active"]
+    del rig.world.shard.timers["active"], rig.deadlines()["active"]
+    rig.worker = await Worker(rig.world, name="worker-2").begin()
+    assert "active" not in rig.worker.shard.live
+    found = kinds(await rig.mend())
+    assert found == [("hash_missing", "active", "requested"), ("entry_missing", "active", "requested")]
+    after = rig.worker.shard.live["active"]
+    assert replace(after, auction=replace(after.auction, version=before.auction.version)) == before
+
+
+@pytest.mark.requirement("B1")
+async def test_a_repair_that_is_late_takes_no_close_back(rig: Rig) -> None:
+    """It was asked for while the auction ran; when it is applied the auction is over, and stays so."""
+    rig.fields("closing")["reason"] = "edited"
+    assert kinds(await rig.look()) == [("hash_changed", "closing", "requested")]
+    rig.world.line.advance(60_000)
+    await rig.worker.work()
+    assert rig.fields("closing")["status"] == "ENDED"
+    assert rig.world.facts("closing").count("auction_timer_ended") == 1
+
+
+async def test_the_same_damage_is_asked_for_once(rig: Rig) -> None:
+    """While the engine is away each pass finds it, and the intake holds one event; damaged again, it is mended again."""
+    del rig.deadlines()["active"]
+    assert [kinds(await rig.look())[0][2] for _ in range(3)] == ["requested", "pending", "pending"]
+    assert len(rig.world.store.reconciliations) == 1
+    await rig.worker.work()
+    del rig.deadlines()["active"]
+    assert kinds(await rig.mend()) == [("entry_missing", "active", "requested")]
+    assert "active" in rig.deadlines()
+
+
+async def test_repairs_are_bounded() -> None:
+    """What is over the bound waits for the next pass."""
+    rig = await Rig(repairs_max=1).begin()
+    rig.deadlines().clear()
+    assert [action for *_, action in kinds(await rig.mend())] == ["requested", "deferred"]
+    assert [action for *_, action in kinds(await rig.mend())] == ["requested"]
+    assert kinds(await rig.look()) == []
+
+
+async def test_a_dry_run_changes_nothing(rig: Rig) -> None:
+    """What is found is told, and nothing is asked for, counted or written down."""
+    rig.deadlines().clear()
+    appended = len(rig.world.shard.events)
+    assert [action for *_, action in kinds(await rig.look(repairing=False))] == ["left", "left"]
+    assert len(rig.world.shard.events) == appended
+    assert not rig.world.store.reconciliations
+
+
+async def test_a_wrong_memory_is_found_by_its_ticks(rig: Rig) -> None:
+    """What an engine says on the wire at the version of the log must be what the log says."""
+    record = rig.worker.shard.live["active"]
+    wrong = replace(record, auction=replace(record.auction, ends_at=EpochMs(record.auction.ends_at + 9_000)))
+    rig.worker.shard.live["active"] = wrong
+    rig.hear(tick_line(wrong, rig.world.authority.now_ms))
+    assert kinds(await rig.mend()) == [("tick_differs", "active", "requested")]
+    assert rig.worker.shard.live["active"].auction.ends_at == record.auction.ends_at
+
+
+async def test_a_wrong_memory_is_found_by_its_digest(rig: Rig) -> None:
+    """An engine that lost an auction is reported, once while it lasts."""
+    rig.hear_engine()
+    del rig.worker.shard.live["active"]
+    rig.hear_engine()
+    assert kinds(await rig.look()) == [("memory_differs", "", "reported")]
+    assert kinds(await rig.look()) == [("memory_differs", "", "reported")]
+    assert len(rig.world.store.reconciliations) == 1
+
+
+async def test_a_frozen_heartbeat_is_reported(rig: Rig) -> None:
+    """A beat that stands still for longer than a lease, on the reconciler's own clock; a beat that moves is none."""
+    await rig.look()
+    rig.world.line.advance(LEASE_MS - 100)
+    assert kinds(await rig.look()) == []
+    lease = rig.world.shard.lease
+    rig.world.shard.lease = Lease(lease.holder, lease.epoch, lease.beat + 1)
+    assert kinds(await rig.look()) == []
+    rig.world.line.advance(LEASE_MS + 100)
+    assert kinds(await rig.look()) == [("heartbeat_frozen", "", "reported")]
+
+
+async def test_an_engine_that_is_silent_on_the_wire_is_reported(rig: Rig) -> None:
+    """It beats, and says nothing for three seconds while we listen."""
+    rig.reconciler.wire.listening_since = rig.world.clock(seed=5).clock.monotonic_ns()
+    rig.hear_engine()
+    rig.world.line.advance(3_100)
+    lease = rig.world.shard.lease
+    await rig.look()
+    rig.world.shard.lease = Lease(lease.holder, lease.epoch, lease.beat + 1)
+    assert ("engine_silent", "", "reported") in kinds(await rig.look())
+    rig.hear_engine()
+    assert kinds(await rig.look()) == []
+
+
+@pytest.mark.requirement("R10")
+async def test_a_log_that_moved_back_is_read_anew(rig: Rig) -> None:
+    """A failover lost the end of everything: no drift, because what is kept went back with the log."""
+    rig.hear(*[tick_line(record, rig.world.authority.now_ms) for record in rig.worker.shard.live.values()])
+    before = rig.world.shard
+    kept = {name: dict(fields) for name, fields in before.timers.items()}
+    audit, chain, groups = list(before.audit), before.chain, {name: dict(at) for name, at in before.groups.items()}
+    await rig.world.append(bid("closing", "b-1"))
+    await rig.worker.work()
+    assert kinds(await rig.look()) == []
+    before.timers, before.audit, before.chain, before.groups = kept, audit, chain, groups
+    assert kinds(await rig.look()) == []
+    (eye,) = rig.reconciler._eyes
+    assert eye.ledger.chain == chain
+
+
+async def test_a_gap_in_the_log_is_noticed(rig: Rig) -> None:
+    """A record that does not follow is not folded."""
+    await rig.look()
+    (eye,) = rig.reconciler._eyes
+    await rig.world.append(bid("closing", "b-1"), bid("closing", "b-2"))
+    await rig.worker.work()
+    rig.world.shard.audit.pop(-2)
+    with pytest.raises(LogMovedBackError):
+        await eye.ledger.catch_up()
+
+
+async def test_an_entry_of_nobody_is_removed(rig: Rig) -> None:
+    """The audit names it."""
+    rig.deadlines()["nobody"] = at(5_000)
+    assert kinds(await rig.mend()) == [("entry_extra", "nobody", "requested")]
+    assert "nobody" not in rig.deadlines()
+    assert rig.world.shard.audit[-1]["event_type"] == "deadline_entry_removed"
+
+
+async def test_an_edited_version_does_not_decide(rig: Rig) -> None:
+    """A bid over a hash with another version and another end counts on what the engine holds; the hash is made whole."""
+    rig.fields("active").update({"ends_at": str(at(400)), "version": "40", "policy": "{"})
+    await rig.world.append(pause("active", "p-2"))
+    await rig.worker.work()
+    assert rig.fields("active")["status"] == "PAUSED"
+    assert (rig.fields("active")["ends_at"], rig.fields("active")["version"]) == (str(at(3_000)), "41")
+    assert kinds(await rig.look()) == []
+
+
+async def test_what_cannot_be_read_on_the_wire_is_nothing(rig: Rig) -> None:
+    """A foreign line neither ends the listening nor raises an alarm."""
+    rig.hear(b"", b"active", b"active x {}", b"active 9 [", b"! e", b"! e 1 2 3 zz 4", b"!")
+    assert kinds(await rig.look()) == []
+
+
+async def test_the_lane_is_listened_to(rig: Rig) -> None:
+    """What an engine publishes arrives at the views."""
+    wire = rig.reconciler.wire
+    async with aclosing(_first(rig)) as heard:
+        async for _ in heard:
+            break
+    assert wire.tick("active") is not None
+
+
+async def _first(rig: Rig) -> AsyncIterator[None]:
+    import asyncio
+
+    listening = asyncio.create_task(rig.reconciler.wire.run())
+    try:
+        for _ in range(100):
+            await asyncio.sleep(0)
+            if rig.world.store._listeners:
+                break
+        await rig.world.store.publish({0: tick_line(rig.worker.shard.live["active"], rig.world.authority.now_ms)})
+        for _ in range(100):
+            await asyncio.sleep(0)
+            if rig.reconciler.wire.tick("active"):
+                break
+        yield
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
