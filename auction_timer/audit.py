@@ -251,7 +251,7 @@ def _link(settings: Settings) -> RedisLink | None:
 async def _shard_count(link: RedisLink) -> int | None:
     """How many shards the deployment has; 0 where none has started yet, None if Redis does not answer."""
     try:
-        found = await link.call(lambda: link.commands.execute_command("HGET", keys.META, "shards"))
+        found = await link.ask(keys.META, "HGET", keys.META, "shards")
     except StoreUnavailableError:
         return None
     return int(found or 0)

@@ -127,6 +127,7 @@ class Engine:
 
     async def _read(self) -> None:
         """Read every shard's intake behind what was read, and hand it over."""
+        connections = self._store.connections
         while True:
             loaded = [shard for shard in self.shards.values() if shard.loaded and not shard.doubted]
             after = {shard.number: shard.read_to for shard in loaded if len(shard.inbox) < INBOX_MAX}
@@ -137,13 +138,13 @@ class Engine:
             # Shards still to come, or without room, must not wait until this read ends.
             every_shard = len(after) == self._settings.shards
             block_ms = self._pace.read_block_ms if every_shard else self._pace.read_again_ms
-            connections = self._store.connections
             try:
                 found = await self._store.read_intake(after, READ_MAX, block_ms)
             except StoreUnavailableError as error:
                 log.warning("intake_unreadable", error=str(error))
                 continue
             if self._store.connections != connections:
+                connections = self._store.connections
                 # Perhaps of another history: every shard compares its own with that first.
                 for doubtful in self.shards.values():
                     doubtful.doubt()
@@ -170,6 +171,8 @@ class Engine:
             self._metrics.store_retries.inc(retries - seen_retries)
             seen_retries = retries
             with contextlib.suppress(StoreUnavailableError):
+                for number in list(self.shards):
+                    await self._store.deliver_replies(number)
                 depths = [await self._store.parked(number) for number in list(self.shards)]
                 self._metrics.parked.set(sum(depths))
                 if round_number % FORGET_EVERY_ROUNDS == 0:

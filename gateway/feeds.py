@@ -69,16 +69,17 @@ class EventFeed:
     async def run(self) -> None:
         """Follow until cancelled."""
         self._hub.is_followed = True
+        checked = self._store.connections
         check = False
         while True:
             try:
-                connections = self._store.connections
                 if check:
+                    checked = self._store.connections
                     await self._check_lineage()
                     check = False
                 answers = self._commands.positions if self._commands is not None else {}
                 news = await self._store.follow(self._hub.positions, answers, READ_MAX, BLOCK_MS)
-                if self._store.connections != connections:
+                if self._store.connections != checked:
                     # Perhaps of another history: it is read again when our place is found to be part of that.
                     check = True
                     continue

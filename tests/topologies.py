@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from engine.contract.keys import ShardKeys, shard_of
 from tests.servers import _LAUNCHER, VALKEY
 
 WITHIN_S: Final = 30.0
@@ -133,6 +134,10 @@ class Member:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+RANGES: Final = ((0, 5460), (5461, 10922), (10923, 16383))
+"""The slots of the three primaries."""
+SHARDS: Final = 8
+"""As settings have it by default."""
 _KEEPS: Final = (
     *("--appendonly", "yes", "--aof-use-rdb-preamble", "no", "--save", "", "--maxmemory-policy", "noeviction"),
     *("--repl-ping-replica-period", "1", "--repl-diskless-sync-delay", "0", "--shutdown-timeout", "1"),
@@ -238,4 +243,100 @@ class SentinelGroup:
     def stop(self) -> None:
         """End all of it."""
         for each in (*self.sentinels, *self.members):
+            each.remove()
+
+
+class ClusterGroup:
+    """Three primaries that share the slots, each with replicas: one, or two where a write must have one after a failover."""
+
+    def __init__(self, *, replicas: int = 1, node_timeout_ms: int = DOWN_AFTER_MS) -> None:
+        self.members: list[Member] = []
+        self._alive = len(RANGES) * (1 + replicas)
+        try:
+            self._start(free_ports(self._alive), node_timeout_ms)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, ports: list[int], node_timeout_ms: int) -> None:
+        options = (
+            *_KEEPS,
+            *("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf"),
+            *("--cluster-node-timeout", str(node_timeout_ms), "--cluster-require-full-coverage", "no"),
+        )
+        for port in ports:
+            self.members.append(Member(port, options))
+        for member in self.members:
+            until(lambda member=member: member.ask("PING"), f"{member.address} answers")
+        primaries, replicas = self.members[:3], self.members[3:]
+        for number, (primary, (first, last)) in enumerate(zip(primaries, RANGES, strict=True), start=1):
+            primary.ask("CLUSTER", "SET-CONFIG-EPOCH", number)
+            primary.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
+        for member in self.members[1:]:
+            self.members[0].ask("CLUSTER", "MEET", "127.0.0.1", member.port)
+        for member in self.members:
+            until(lambda member=member: self._sees_all(member), f"{member.address} knows everyone")
+        for number, replica in enumerate(replicas):
+            name = primaries[number % len(primaries)].ask("CLUSTER", "MYID")
+            until(
+                lambda replica=replica, name=name: replica.ask("CLUSTER", "REPLICATE", name),
+                f"{replica.address} knows whom it follows",
+            )
+        self.wait_until_whole()
+
+    def _sees_all(self, member: Member) -> bool:
+        nodes = self._nodes(member)
+        return len(nodes) == len(self.members) and all("handshake" not in flags for flags, _ in nodes.values())
+
+    def _nodes(self, member: Member) -> dict[int, tuple[str, list[str]]]:
+        """What a member says of each: flags and slots, by port."""
+        with Redis(port=member.port, socket_timeout=2, retry=Retry(NoBackoff(), 0), decode_responses=True) as client:
+            client.set_response_callback("CLUSTER NODES", lambda answer, **_: answer)
+            said = str(client.execute_command("CLUSTER NODES"))
+        rows = [line.split(" ") for line in said.splitlines()]
+        return {int(row[1].partition("@")[0].rpartition(":")[2]): (row[2], row[8:]) for row in rows}
+
+    def wait_until_whole(self) -> None:
+        """Wait until each primary has a replica that is in step, and every member says the same of all."""
+
+        def whole() -> bool:
+            views = [self._nodes(member) for member in self.members]
+            roles = [{port: "master" in flags for port, (flags, _) in view.items()} for view in views]
+            failing = any("fail" in flags for view in views for flags, _ in view.values())
+            if failing or any(each != roles[0] for each in roles) or sum(roles[0].values()) != len(RANGES):
+                return False
+            followed = [member.ask("ROLE")[2] for member in self.members if roles[0][member.port]]
+            return all(each for each in followed) and sum(len(each) for each in followed) == self._alive - len(RANGES)
+
+        until(whole, "every primary of the Cluster has its replicas")
+
+    @property
+    def url(self) -> str:
+        """As settings spell it: a few nodes know the others."""
+        return f"redis+cluster://{','.join(member.address for member in self.members[:2])}"
+
+    def serving(self, name: str) -> Member:
+        """The primary that serves a key."""
+
+        def found() -> Member | None:
+            for asked in self.members:
+                if asked.process.poll() is not None:
+                    continue
+                slot = int(asked.ask("CLUSTER", "KEYSLOT", name))
+                for first, last, primary, *_ in asked.ask("CLUSTER", "SLOTS"):
+                    if first <= slot <= last:
+                        member = next(member for member in self.members if member.port == primary[1])
+                        return member if member.process.poll() is None else None
+            return None
+
+        member: Member = until(found, f"a node serves {name}")
+        return member
+
+    def victim(self, auction_ids: Sequence[str]) -> Member:
+        """Whom to kill, so that some of these auctions feel it."""
+        return self.serving(ShardKeys.of(shard_of(auction_ids[0], SHARDS)).events)
+
+    def stop(self) -> None:
+        """End all of it."""
+        for each in self.members:
             each.remove()

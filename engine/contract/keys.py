@@ -36,6 +36,11 @@ def hash_tag(name: str) -> str:
     return tag if opened and closed and tag else name
 
 
+def delivered(stream: str, shard: int, command_id: str) -> str:
+    """The mark, beside a reply stream, of the last answer to a command that a shard has delivered there."""
+    return f"auction:delivered:{{{hash_tag(stream)}}}:{shard}:{command_id}"
+
+
 def barrier(name: str) -> str:
     """A key in the slot of `name` that is written only so that replicas can be waited for."""
     return f"auction:barrier:{{{hash_tag(name)}}}"
@@ -60,6 +65,7 @@ class ShardKeys:
     lease: str
     cursor: str
     attendance: str
+    outbox: str
     timer_prefix: str
     offer_prefix: str
     seen_prefix: str
@@ -85,6 +91,7 @@ class ShardKeys:
             lease=f"auction:lease:{tag}",
             cursor=f"auction:cursor:{tag}",
             attendance=f"auction:attendance:{tag}",
+            outbox=f"auction:outbox:{tag}",
             timer_prefix=f"auction:timer:{tag}:",
             offer_prefix=f"auction:offer:{tag}:",
             seen_prefix=f"auction:seen:{tag}:",

@@ -7,7 +7,7 @@ protocol version spelled out, and `RedisLink.call` repeats a whole call, with th
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,6 +38,7 @@ from engine.clock import Clock
 from engine.contract import keys
 from engine.store.protocol import StoreError, StoreUnavailableError
 from engine.store.scripts import Script
+from engine.store.topology import Address, OutstandingReads, SlotMap, Streams, slot_of
 
 T = TypeVar("T")
 
@@ -138,12 +139,14 @@ class _Target:
     db: int = 0
     sentinel_options: Mapping[str, str] = field(default_factory=dict)
     """What the sentinels themselves want to be told: `username`, `password`."""
+    nodes: tuple[Address, ...] = ()
+    """Nodes of a Cluster, any of which knows the others."""
 
 
 def _target(url: str) -> _Target:
     try:
         parts = urlsplit(url)
-        _ = parts.port if parts.scheme != "redis+sentinel" else None
+        _ = parts.port if parts.scheme not in ("redis+sentinel", "redis+cluster") else None
     except ValueError:  # whose text may hold a piece of the password
         raise RedisUrlError(
             "host and port cannot be read: is each special character of the password escaped?"
@@ -163,10 +166,13 @@ def _target(url: str) -> _Target:
             url, addresses, service, unquote(username) or None, unquote(password) or None, int(db or 0), _options(parts)
         )
     if parts.scheme == "redis+cluster":
-        raise RedisUrlError(
-            "redis+cluster:// is not supported by this version; use redis://, unix:// or redis+sentinel://"
-        )
-    raise RedisUrlError(f"the scheme {parts.scheme!r} is none of redis, rediss, unix, redis+sentinel")
+        userinfo, _, hosts = parts.netloc.rpartition("@")
+        username, _, password = userinfo.partition(":")
+        addresses = tuple(_address(host) for host in hosts.split(",") if host)
+        if not addresses or parts.path.strip("/") or parts.query:
+            raise RedisUrlError("a Cluster URL reads redis+cluster://host:port,host:port")
+        return _Target(url, nodes=addresses, username=unquote(username) or None, password=unquote(password) or None)
+    raise RedisUrlError(f"the scheme {parts.scheme!r} is none of redis, rediss, unix, redis+sentinel, redis+cluster")
 
 
 def _options(parts: SplitResult) -> dict[str, str]:
@@ -224,12 +230,85 @@ class RedisLink:
         self._call_deadline_ms = call_deadline_ms
         self._replicated = durability == "replicated"
         self._sentinel = self._sentinel_of(self._target)
-        self.commands = self._client(COMMAND_TIMEOUT_S)
-        self.blocking = self._client(BLOCKING_TIMEOUT_S, on_connect=self._count_connection)
-        self.subscriber = self._client(COMMAND_TIMEOUT_S)
+        self._map = SlotMap(self._target.nodes) if self._target.nodes else None
+        self._mapping = asyncio.Lock()
+        self._nodes: dict[Address | None, Node] = {}
+        self._reads = OutstandingReads()
+        self._background: set[asyncio.Task[None]] = set()
         self.retries = 0
         self.connections = 0
         """Connections made for blocking reads. One more: what was read before may have been lost in a failover."""
+        if self._map is None:
+            self._nodes[None] = self._node(None)
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether keys of different hash tags may live on different servers."""
+        return self._map is not None
+
+    @property
+    def commands(self) -> "redis.Redis":
+        """The client of the one server there is; a Cluster has none that serves every key."""
+        return self._nodes[None].commands
+
+    @property
+    def blocking(self) -> "redis.Redis":
+        """As `commands`, for blocking reads."""
+        return self._nodes[None].blocking
+
+    @property
+    def subscriber(self) -> "redis.Redis":
+        """As `commands`, for subscriptions."""
+        return self._nodes[None].subscriber
+
+    def _node(self, address: Address | None) -> "Node":
+        return Node(
+            self._client(address, COMMAND_TIMEOUT_S),
+            self._client(address, BLOCKING_TIMEOUT_S, on_connect=self._count_connection),
+            self._client(address, COMMAND_TIMEOUT_S),
+        )
+
+    async def node(self, name: str) -> "Node":
+        """The server that serves a key.
+
+        Raises:
+            ConnectionError: nobody is known to, now.
+        """
+        if self._map is None:
+            return self._nodes[None]
+        if self._map.outdated:
+            await self._ask_for_slots(self._map)
+        return self._node_at(self._map.node_of(slot_of(name)))
+
+    def _node_at(self, address: Address) -> "Node":
+        if address not in self._nodes:
+            self._nodes[address] = self._node(address)
+        return self._nodes[address]
+
+    async def primaries(self) -> list["Node"]:
+        """Every server that serves keys. Raises as `node` does."""
+        if self._map is None:
+            return [self._nodes[None]]
+        if self._map.outdated:
+            await self._ask_for_slots(self._map)
+        return [self._node_at(address) for address in self._map.serving]
+
+    async def _ask_for_slots(self, slots: SlotMap) -> None:
+        async with self._mapping:
+            if not slots.outdated:
+                return  # somebody else has asked meanwhile
+            known = slots.known
+            random.shuffle(known)
+            fault: Exception | None = None
+            for address in known:
+                try:
+                    answer = await self._node_at(address).commands.execute_command("CLUSTER", "SLOTS")
+                except (redis.RedisError, OSError) as error:
+                    fault = error
+                    continue
+                slots.learn(answer, address)
+                return
+            raise ConnectionError(f"no node of the Cluster answers: {fault}") from fault
 
     @staticmethod
     def _sentinel_of(target: _Target) -> Sentinel | None:
@@ -247,7 +326,9 @@ class RedisLink:
             },
         )
 
-    def _client(self, timeout_s: float, on_connect: Callable[[], None] = lambda: None) -> "redis.Redis":
+    def _client(
+        self, address: Address | None, timeout_s: float, on_connect: Callable[[], None] = lambda: None
+    ) -> "redis.Redis":
         async def connected(connection: AbstractConnection) -> None:
             await connection.on_connect()
             on_connect()
@@ -259,16 +340,23 @@ class RedisLink:
             "socket_timeout": timeout_s,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "protocol": 2,
-            "max_connections": CONNECTIONS_MAX,
+            # In a Cluster each shard is read on a connection of its own.
+            "max_connections": CONNECTIONS_MAX + (keys.SHARDS_MAX if self.is_cluster else 0),
             "redis_connect_func": connected,
         }
-        client = self._plain_client(options)
+        client = self._plain_client(address, options)
         pool = client.connection_pool
         pool.connection_class = _packed_in_c(pool.connection_class)  # type: ignore[arg-type]
+        # Streams are read as they come: redis-py's own parsing makes a dict per entry, which costs a third of the intake.
+        for command in ("XREAD", "XREVRANGE"):
+            client.set_response_callback(command, _as_it_comes)  # type: ignore[arg-type]
         return client
 
-    def _plain_client(self, options: dict[str, Any]) -> "redis.Redis":
+    def _plain_client(self, address: Address | None, options: dict[str, Any]) -> "redis.Redis":
         target = self._target
+        if address is not None:
+            host, port = address
+            return redis.Redis(host=host, port=port, username=target.username, password=target.password, **options)
         if self._sentinel is None:
             return redis.Redis.from_url(target.url, **options)
         client: redis.Redis = self._sentinel.master_for(
@@ -295,7 +383,8 @@ class RedisLink:
             try:
                 return await heeding_cancellation(attempt)
             except (redis.RedisError, OSError) as error:
-                if not is_transient(error):
+                redirected = self._map is not None and self._map.heed(error)
+                if not (redirected or is_transient(error)):
                     raise RedisRefusedError(f"Redis refused: {error}") from error
                 left_ms = (give_up - self._clock.monotonic_ns()) / 1e6
                 if left_ms <= 0:
@@ -320,10 +409,13 @@ class RedisLink:
 
         async def attempt() -> Any:
             rest = (len(names), *names, *args)
-            try:
-                return await self._exchange(names[0], ("EVALSHA", script.sha, *rest), told=told)
-            except NoScriptError:
-                return await self._exchange(names[0], ("EVAL", script.source, *rest), told=told)
+            # Where a slot is moving to, a script is taken with its text only: an unknown digest would come too late.
+            if self._map is None or not self._map.is_asked(slot_of(names[0])):
+                try:
+                    return await self._exchange(names[0], ("EVALSHA", script.sha, *rest), told=told)
+                except NoScriptError:
+                    pass
+            return await self._exchange(names[0], ("EVAL", script.source, *rest), told=told)
 
         return await self.call(attempt)
 
@@ -331,26 +423,111 @@ class RedisLink:
         self, name: str, command: Sequence[str | bytes | int], *, told: bool, blocking: bool = False
     ) -> Any:
         """One attempt: the command, and the word of a replica that it has all of it."""
-        client = self.blocking if blocking else self.commands
-        if not (told and self._replicated):
+        asked = self._map.take_ask(slot_of(name)) if self._map is not None else None
+        node = self._node_at(asked) if asked is not None else await self.node(name)
+        client = node.blocking if blocking else node.commands
+        told = told and self._replicated
+        if asked is None and not told:
             return await client.execute_command(*command)
         # One connection, in this order: a WAIT on another one would count as of other writes.
         pipe = client.pipeline(transaction=False)
+        if asked is not None:
+            pipe.execute_command("ASKING")
         pipe.execute_command(*command)
+        if not told:
+            return (await pipe.execute())[-1]
+        if asked is not None:
+            pipe.execute_command("ASKING")
         pipe.execute_command("EVAL", BARRIER, 1, keys.barrier(name))
         pipe.execute_command("WAIT", REPLICAS_WANTED, WAIT_MS)
-        answer, _, replicas = await pipe.execute()
+        *answers, replicas = await pipe.execute()
         if replicas < REPLICAS_WANTED:
             raise NotReplicatedError(f"no replica had it within {WAIT_MS} ms: is one connected?")
-        return answer
+        return answers[0 if asked is None else 1]
+
+    async def read_streams(self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int) -> Streams:
+        """XREAD. In a Cluster each slot is read by a command of its own. Raises as `call` does."""
+        groups: dict[int, list[tuple[str, str]]] = {}
+        for name, place in zip(names, since, strict=True):
+            groups.setdefault(slot_of(name) if self.is_cluster else 0, []).append((name, place))
+        wanted = [(tuple(name for name, _ in group), tuple(place for _, place in group)) for group in groups.values()]
+
+        async def read(names: tuple[str, ...], since: tuple[str, ...]) -> Streams:
+            return await self._read_slot(names, since, count, block_ms)
+
+        if len(wanted) == 1:
+            return await read(*wanted[0])
+        if block_ms > 0:
+            return await self._reads.first(wanted, read, block_ms / 1_000)
+        found: Streams = {}
+        for part in await asyncio.gather(*(read(*group) for group in wanted)):
+            found |= part
+        return found
+
+    async def _read_slot(self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int) -> Streams:
+        block = ("BLOCK", min(block_ms, BLOCK_MS_MAX)) if block_ms > 0 else ()
+        # Always of the same connection: a new one says that the server may be another, and may have lost entries.
+        answer = await self.ask(names[0], "XREAD", "COUNT", count, *block, "STREAMS", *names, *since, blocking=True)
+        if answer and block_ms > 0 and len(names) > 1:
+            # Redis 7.0 gives a read that had to wait only the stream that woke it: an answer without its announcements.
+            answer = await self.ask(names[0], "XREAD", "COUNT", count, "STREAMS", *names, *since, blocking=True)
+        return {name.decode(): rows for name, rows in answer or ()}
+
+    async def publish(self, lines: Mapping[str, bytes]) -> None:
+        """Publish by channel; in a Cluster within its slot (`SPUBLISH`). Once, and nobody is waited for.
+
+        Raises:
+            RedisError: some were not published.
+            OSError: likewise.
+        """
+        command = "SPUBLISH" if self.is_cluster else "PUBLISH"
+        pipes: dict[int, Any] = {}
+        try:
+            for channel, payload in lines.items():
+                client = (await self.node(channel)).commands
+                pipe = pipes.setdefault(id(client), client.pipeline(transaction=False))
+                pipe.execute_command(command, channel, payload)
+            await asyncio.gather(*(heeding_cancellation(pipe.execute) for pipe in pipes.values()))
+        except (redis.RedisError, OSError) as error:
+            self.heed(error)
+            raise
+
+    def heed(self, error: Exception) -> None:
+        """An error of a call that is not repeated here: what it says of the Cluster is remembered."""
+        if self._map is not None:
+            self._map.heed(error)
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the calls, at the latest until `close`."""
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
         """Close every connection."""
-        for client in (self.commands, self.blocking, self.subscriber):
-            await client.aclose()
-            await client.connection_pool.disconnect()
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._reads.close()
+        for node in self._nodes.values():
+            for client in (node.commands, node.blocking, node.subscriber):
+                await client.aclose()
+                await client.connection_pool.disconnect()
         if self._sentinel is not None:
             await self._sentinel.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The clients of one server, one per use."""
+
+    commands: "redis.Redis"
+    blocking: "redis.Redis"
+    subscriber: "redis.Redis"
+
+
+def _as_it_comes(answer: Any, **_options: Any) -> Any:
+    return answer
 
 
 class _Sentinels(Sentinel):

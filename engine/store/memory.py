@@ -404,6 +404,9 @@ class MemoryStore:
         updates = self.shards[shard].updates
         return updates[-1].stream_id if updates else START
 
+    async def deliver_replies(self, shard: int) -> None:
+        pass
+
     async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
         return entry in self.shards[shard].updates
 

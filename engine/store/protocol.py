@@ -540,6 +540,10 @@ class ShardStore(LeaseStore, MemberStore, Protocol):
         """See `Batch`."""
         ...
 
+    async def deliver_replies(self, shard: int) -> None:
+        """Deliver the replies that commits of the shard could not write themselves: at least once, in order."""
+        ...
+
     async def parked(self, shard: int) -> int:
         """How many commands of the shard are in troubleshooting."""
         ...

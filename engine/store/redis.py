@@ -1,6 +1,9 @@
 """The Redis store: Redis 7.0's command set and no more, so Valkey and Debian's redis-server both serve."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -13,7 +16,7 @@ from engine.contract.keys import ShardKeys
 from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.limits import StoreLimits
-from engine.store.link import BLOCK_MS_MAX, RedisLink, RedisRefusedError, heeding_cancellation
+from engine.store.link import Node, RedisLink, RedisRefusedError, heeding_cancellation
 from engine.store.protocol import (
     OUTAGE_HOLD_MS,
     Announce,
@@ -56,7 +59,7 @@ from engine.store.protocol import (
     UpdateEntry,
     View,
 )
-from engine.store.scripts import APPEND, CLAIM, COMMIT, OBSERVE, RELEASE, RENEW, ROWS, VIEW, Script
+from engine.store.scripts import APPEND, CLAIM, COMMIT, DELIVER, OBSERVE, RELEASE, RENEW, ROWS, VIEW, Script
 
 SCHEMA_VERSION: Final = "1"
 PAGE_MAX: Final = 1_000
@@ -64,6 +67,8 @@ PAGE_MAX: Final = 1_000
 SILENCE_MAX_MS: Final = 3_000
 """A subscription that hears nothing for this long, not even the answer to its own ping, is dead."""
 PING_EVERY_S: Final = 1.0
+TICKS_HELD_MAX: Final = 1_000
+"""Messages of the tick lanes of a Cluster that wait for their reader; then the nodes wait."""
 
 
 class RedisStore:
@@ -74,10 +79,7 @@ class RedisStore:
         self.limits = limits or StoreLimits()
         self._clock = clock
         self._names: dict[int, ShardKeys] = {}
-        # Streams are read as they come: redis-py's own parsing makes a dict per entry, which costs a third of the intake.
-        for client in (link.commands, link.blocking):
-            for command in ("XREAD", "XREVRANGE"):
-                client.set_response_callback(command, _as_it_comes)  # type: ignore[arg-type]
+        self._delivering: dict[int, asyncio.Lock] = {}
 
     def _keys(self, shard: int) -> ShardKeys:
         names = self._names.get(shard)
@@ -102,7 +104,13 @@ class RedisStore:
 
     async def time_us(self) -> int:
         # Never repeated: a late answer is a bad sample.
-        seconds, micros = await heeding_cancellation(lambda: self.link.commands.execute_command("TIME"))
+        # In a Cluster every node has a clock: that of the node with the deployment's own key is the authority.
+        try:
+            node = await self.link.node(keys.META)
+            seconds, micros = await heeding_cancellation(lambda: node.commands.execute_command("TIME"))
+        except (RedisError, OSError) as error:
+            self.link.heed(error)
+            raise
         return int(seconds) * 1_000_000 + int(micros)
 
     async def deployment(self, shards: int) -> None:
@@ -123,27 +131,20 @@ class RedisStore:
 
     async def complaints(self) -> list[str]:
         """What is wrong with the server's own configuration, as sentences that say what to do."""
-        found: list[str] = []
+        found: dict[str, None] = {}
         try:
-            config: dict[str, str] = {
-                name.decode(): value.decode()
-                for name, value in (await self._pairs("CONFIG", "GET", "maxmemory-policy", "appendonly")).items()
-            }
+            nodes = await self.link.call(self.link.primaries)
+            for node in nodes:
+                found |= dict.fromkeys(_complaints(await self._config(node)))
         except RedisRefusedError:
             return ["CONFIG GET is not allowed here: check by hand that maxmemory-policy is noeviction and AOF is on"]
-        if config.get("maxmemory-policy", "noeviction") != "noeviction":
-            found.append(
-                f"maxmemory-policy is {config['maxmemory-policy']}: Redis may evict timers; set it to noeviction"
-            )
-        if config.get("appendonly", "yes") != "yes":
-            found.append("appendonly is off: a restart of Redis loses every auction; set appendonly yes")
-        return found
+        return list(found)
 
-    async def _pairs(self, *command: str) -> dict[bytes, bytes]:
-        answer = await self._read(*command, told=False)
-        if isinstance(answer, dict):
-            return {_bytes(name): _bytes(value) for name, value in answer.items()}
-        return dict(zip(answer[::2], answer[1::2], strict=True))
+    async def _config(self, node: Node) -> dict[str, str]:
+        asked = ("CONFIG", "GET", "maxmemory-policy", "appendonly")
+        answer = await self.link.call(lambda: node.commands.execute_command(*asked))
+        pairs = answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=True)
+        return {_bytes(name).decode(): _bytes(value).decode() for name, value in pairs}
 
     # The producers' side.
 
@@ -238,24 +239,17 @@ class RedisStore:
         self, streams: Sequence[tuple[str, int, str]], count: int, block_ms: int
     ) -> dict[int, list[tuple[bytes, list[bytes]]]]:
         names, shards, since = zip(*streams, strict=True)
-        answer = await self._xread_streams(names, since, count, block_ms)
+        answer = await self.link.read_streams(names, since, count, block_ms)
         shard_of = dict(zip(names, shards, strict=True))
         return {shard_of[name]: rows for name, rows in answer.items()}
 
-    async def _xread_streams(
-        self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int
-    ) -> dict[str, list[tuple[bytes, list[bytes]]]]:
-        block = ("BLOCK", min(block_ms, BLOCK_MS_MAX)) if block_ms > 0 else ()
-        # Always of the same connection: a new one says that the server may be another, and may have lost entries.
-        answer = await self.link.ask(
-            names[0], "XREAD", "COUNT", count, *block, "STREAMS", *names, *since, blocking=True
-        )
-        return {name.decode(): rows for name, rows in answer or ()}
-
     async def commit(self, batch: Batch) -> CommitResult:
-        answer = await self._run(COMMIT, *self._spell(batch))
+        names, args = self._spell(batch)
+        answer = await self._run(COMMIT, names, args)
         match answer[0]:
             case b"OK":
+                if self._keys(batch.shard).outbox in names:
+                    self.link.begin(self._deliver_soon(batch.shard))
                 return Committed(EpochMs(int(answer[1])))
             case b"FENCED":
                 return Fenced(int(answer[1]))
@@ -298,7 +292,7 @@ class RedisStore:
         for auction_id, version in batch.versions.items():
             args += (key(names.timer_prefix + auction_id), version)
         for operation in batch.operations:
-            _spell_operation(operation, names, key, args)
+            _spell_operation(operation, names, key, args, in_one_slot=self.link.is_cluster)
         return key_names, args
 
     async def parked(self, shard: int) -> int:
@@ -324,11 +318,8 @@ class RedisStore:
         await self._read("ZREMRANGEBYSCORE", self._keys(shard).closed, "-inf", f"({before}")
 
     async def publish(self, lines: Mapping[int, bytes]) -> None:
-        pipe = self.link.commands.pipeline(transaction=False)
-        for shard, payload in lines.items():
-            pipe.execute_command("PUBLISH", self._keys(shard).ticks, payload)
         try:
-            await heeding_cancellation(pipe.execute)
+            await self.link.publish({self._keys(shard).ticks: payload for shard, payload in lines.items()})
         except (RedisError, OSError) as error:
             raise StoreUnavailableError(f"ticks were not sent: {error}") from error
 
@@ -354,11 +345,7 @@ class RedisStore:
         standings = {
             auction_id: Standing(
                 _timer(row[3:]),
-                {
-                    group: int(float(score))
-                    for group, score in zip(groups, row[:3], strict=True)
-                    if score is not None
-                },
+                {group: int(float(score)) for group, score in zip(groups, row[:3], strict=True) if score is not None},
             )
             for auction_id, row in zip(auction_ids, rows, strict=True)
         }
@@ -366,9 +353,7 @@ class RedisStore:
 
     async def record_reconciliation(self, fields: Mapping[str, str]) -> None:
         pairs = [text for pair in fields.items() for text in pair]
-        await self._read(
-            "XADD", keys.RECONCILIATIONS, "MAXLEN", "~", self.limits.reconciliations_max, "*", *pairs
-        )
+        await self._read("XADD", keys.RECONCILIATIONS, "MAXLEN", "~", self.limits.reconciliations_max, "*", *pairs)
 
     # The gateway's side.
 
@@ -437,10 +422,7 @@ class RedisStore:
         lanes = {self._keys(shard).updates: shard for shard in updates}
         askers = {keys.replies(reply_to): reply_to for reply_to in replies}
         names, since = [*lanes, *askers], [*updates.values(), *replies.values()]
-        answer = await self._xread_streams(names, since, count, block_ms)
-        if block_ms > 0 and not askers.keys().isdisjoint(answer):
-            # Redis 7.0 gives a read that had to wait only the stream that woke it: an answer without its announcements.
-            answer = await self._xread_streams(names, since, count, 0)
+        answer = await self.link.read_streams(names, since, count, block_ms)
         news = News({}, {})
         for name, rows in answer.items():
             if name in lanes:
@@ -449,33 +431,115 @@ class RedisStore:
                 news.replies[askers[name]] = [_reply(stream_id, values) for stream_id, values in rows]
         return news
 
+    async def deliver_replies(self, shard: int) -> None:
+        if not self.link.is_cluster:
+            return
+        outbox = self._keys(shard).outbox
+        # One after another: whoever asked twice is answered in order.
+        async with self._delivering.setdefault(shard, asyncio.Lock()):
+            while rows := await self._read("XRANGE", outbox, "-", "+", "COUNT", PAGE_MAX):
+                for stream_id, fields in rows:
+                    await self._deliver(shard, stream_id, fields)
+                    await self._read("XDEL", outbox, stream_id, told=False)
+
+    async def _deliver(self, shard: int, stream_id: bytes, fields: Mapping[bytes, bytes]) -> None:
+        stream = keys.replies(fields[b"reply_to"].decode())
+        command_id = fields[b"command_id"].decode()
+        args = (
+            stream_id,
+            fields[b"outcome"],
+            command_id,
+            fields[b"body"],
+            self.limits.replies_max,
+            self.limits.seen_ms,
+        )
+        await self._run(DELIVER, [stream, keys.delivered(stream, shard, command_id)], args)
+
+    async def _deliver_soon(self, shard: int) -> None:
+        # What fails now is tried again by whoever owns the shard.
+        with contextlib.suppress(StoreUnavailableError, RedisRefusedError):
+            await self.deliver_replies(shard)
+
     async def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
-        channels = {self._keys(shard).ticks.encode(): shard for shard in shards}
-        subscription = self.link.subscriber.pubsub()
+        listeners = await self._listeners(shards)
+        if len(listeners) == 1:
+            async with contextlib.aclosing(listeners[0]) as lane:
+                async for line in lane:
+                    yield line
+            return
+        heard: asyncio.Queue[tuple[int, bytes] | StoreUnavailableError] = asyncio.Queue(TICKS_HELD_MAX)
+
+        async def pump(listener: AsyncGenerator[tuple[int, bytes]]) -> None:
+            try:
+                async with contextlib.aclosing(listener) as lane:
+                    async for line in lane:
+                        await heard.put(line)
+            except StoreUnavailableError as error:
+                await heard.put(error)
+
+        pumps = [asyncio.ensure_future(pump(listener)) for listener in listeners]
         try:
-            await heeding_cancellation(lambda: subscription.subscribe(*channels))
+            while True:
+                found = await heard.get()
+                if isinstance(found, StoreUnavailableError):
+                    raise found
+                yield found
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _listeners(self, shards: Sequence[int]) -> list[AsyncGenerator[tuple[int, bytes]]]:
+        """A subscription per server: all shards on one, or those of each node of a Cluster."""
+        mine: dict[int, tuple[Node, dict[bytes, int]]] = {}
+        try:
+            for shard in shards:
+                channel = self._keys(shard).ticks
+                node = await self.link.node(channel)
+                mine.setdefault(id(node), (node, {}))[1][channel.encode()] = shard
+        except (RedisError, OSError) as error:
+            raise StoreUnavailableError(f"the tick lane was lost: {error}") from error
+        return [self._listen(node, channels) for node, channels in mine.values()]
+
+    async def _listen(self, node: Node, channels: Mapping[bytes, int]) -> AsyncGenerator[tuple[int, bytes]]:
+        subscription = node.subscriber.pubsub()
+        try:
+            if self.link.is_cluster:
+                for channel in channels:  # one command may name the channels of one slot only
+                    await heeding_cancellation(partial(subscription.ssubscribe, channel))
+            else:
+                await heeding_cancellation(lambda: subscription.subscribe(*channels))
             heard = asked = self._clock.monotonic_ns()
             while True:
                 message = await heeding_cancellation(lambda: subscription.get_message(timeout=PING_EVERY_S))
                 now = self._clock.monotonic_ns()
                 if message is not None:
                     heard = now
-                    if message["type"] == "message":
+                    if message["type"] in ("message", "smessage"):
                         yield channels[message["channel"]], message["data"]
+                    elif message["type"] == "sunsubscribe":
+                        raise StoreUnavailableError("the tick lane has moved to another node")
                 elif now - heard > SILENCE_MAX_MS * 1_000_000:
+                    self.link.heed(ConnectionError("silent"))
                     raise StoreUnavailableError(f"the tick lane was silent for {SILENCE_MAX_MS} ms")
                 # Redis never tells a subscriber that it is gone: only the answer to a ping proves that it is there.
                 if now - asked >= PING_EVERY_S * 1e9:
                     asked = now
                     await heeding_cancellation(subscription.ping)
         except (RedisError, OSError) as error:
+            self.link.heed(error)
             raise StoreUnavailableError(f"the tick lane was lost: {error}") from error
         finally:
             await subscription.aclose()
 
 
-def _as_it_comes(answer: Any, **_options: Any) -> Any:
-    return answer
+def _complaints(config: Mapping[str, str]) -> list[str]:
+    found = []
+    if config.get("maxmemory-policy", "noeviction") != "noeviction":
+        found.append(f"maxmemory-policy is {config['maxmemory-policy']}: Redis may evict timers; set it to noeviction")
+    if config.get("appendonly", "yes") != "yes":
+        found.append("appendonly is off: a restart of Redis loses every auction; set appendonly yes")
+    return found
 
 
 def _bytes(value: str | bytes) -> bytes:
@@ -555,7 +619,9 @@ def _behind(at: Placed, after: Placed, latest_first: bool) -> bool:
     return here < there if latest_first else here > there
 
 
-def _spell_operation(operation: Operation, names: ShardKeys, key: Any, args: list[str | bytes | int]) -> None:
+def _spell_operation(
+    operation: Operation, names: ShardKeys, key: Any, args: list[str | bytes | int], *, in_one_slot: bool
+) -> None:
     match operation:
         case Record(fields):
             args += ("A", 2 * len(fields))
@@ -578,7 +644,7 @@ def _spell_operation(operation: Operation, names: ShardKeys, key: Any, args: lis
         case BindOffer(offer_id, value, forget):
             args += ("O", 3, key(names.offer_prefix + offer_id), value, int(forget))
         case Reply() | KeepOutcome() | Park() | Unpark() | Requeue():
-            _spell_command(operation, names, key, args)
+            _spell_command(operation, names, key, args, in_one_slot=in_one_slot)
 
 
 def _spell_command(
@@ -586,10 +652,17 @@ def _spell_command(
     names: ShardKeys,
     key: Any,
     args: list[str | bytes | int],
+    *,
+    in_one_slot: bool,
 ) -> None:
     match operation:
         case Reply(reply_to, outcome, command_id, body):
-            args += ("R", 4, key(keys.replies(reply_to)), outcome, command_id, body)
+            stream = keys.replies(reply_to)
+            if in_one_slot and keys.hash_tag(stream) != keys.hash_tag(names.events):
+                # The commit may not leave its slot: whoever owns the shard delivers it (`deliver_replies`).
+                args += ("D", 5, key(names.outbox), reply_to, outcome, command_id, body)
+            else:
+                args += ("R", 4, key(stream), outcome, command_id, body)
         case KeepOutcome(command_id, body):
             args += ("K", 2, key(names.command_prefix + command_id), body)
         case Park(command_id, first_seen_at, body):

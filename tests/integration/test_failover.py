@@ -5,14 +5,13 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.failover import Topology, one_run
-from tests.topologies import SentinelGroup
+from benchmarks.failover import KINDS, Topology, one_run
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.mark.requirement("R5", "R16", "B1", "B10")
-@pytest.mark.parametrize("kind", [SentinelGroup], ids=["sentinel"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_failover_costs_time_and_nothing_else(kind: Callable[[], Topology]) -> None:
     """Every acknowledged bid is in the log; every auction closes once, on time; the countdown is wrong for a moment only."""
     topology = kind()

@@ -17,6 +17,7 @@ class Script:
 
 APPEND = Script("append")
 COMMIT = Script("commit")
+DELIVER = Script("deliver")
 CLAIM = Script("claim")
 RENEW = Script("renew")
 RELEASE = Script("release")

@@ -22,6 +22,7 @@
 --        A field, value, ...              audit record
 --        U type, id, version, body        event lane
 --        R key, outcome, command id, body reply
+--        D key, reply to, outcome, command id, body   reply that is to be delivered to another slot
 --        Q command id, first seen at, body  into troubleshooting
 --        X command id                     out of troubleshooting
 --        E id, body, attempts, first seen at  end of the intake, stamped with this commit
@@ -136,6 +137,9 @@ while arg <= count do
     redis.call('XADD', key, 'MAXLEN', '~', replies_max, '*',
       'outcome', ARGV[a + 1], 'command_id', ARGV[a + 2], 'body', ARGV[a + 3])
     redis.call('PEXPIRE', key, seen_ms)
+  elseif op == 'D' then
+    redis.call('XADD', KEYS[tonumber(ARGV[a])], '*',
+      'reply_to', ARGV[a + 1], 'outcome', ARGV[a + 2], 'command_id', ARGV[a + 3], 'body', ARGV[a + 4])
   elseif op == 'Q' then
     redis.call('HSET', troubleshooting, ARGV[a], ARGV[a + 2])
     redis.call('ZADD', parked, ARGV[a + 1], ARGV[a])
