@@ -103,6 +103,7 @@ class Engine:
             self._metrics,
             batch_max=self._settings.batch_max,
             intake_retained=self._settings.intake_retained,
+            holder=self._settings.instance,
             on_room=self._room.set,
         )
         self.shards[number] = shard

@@ -100,6 +100,7 @@ class Journal:
         parked: Mapping[str, bytes] | None = None,
         unreadable: Mapping[str, CorruptTimerError] | None = None,
         edited: Collection[str] = (),
+        holder: str,
         now: EpochMs,
         commit_id: str,
     ) -> None:
@@ -119,7 +120,7 @@ class Journal:
         """The auctions of which every field is written."""
         self._edited = frozenset(edited)
         self._batch = Batch(
-            shard, epoch, commit_id, now, after=head, intake=head.intake, chain=head.chain
+            shard, holder, epoch, commit_id, now, after=head, intake=head.intake, chain=head.chain
         )  # fmt: skip
 
     def batch(self) -> Batch:

@@ -82,6 +82,8 @@ class Shard:
     metrics: EngineMetrics
     batch_max: int
     intake_retained: int
+    holder: str
+    """In whose name the lease is held."""
     head: ShardHead = field(init=False)
     read_to: str = field(init=False)
     """The last intake entry that was read, committed or not."""
@@ -314,6 +316,7 @@ class Shard:
             parked=await self._parked(readable),
             unreadable=unreadable,
             edited=self._edited,
+            holder=self.holder,
             now=now,
             commit_id=uuid4().hex,
         )

@@ -93,7 +93,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return process in self._frozen
 
     def call_soon(
-        self, callback: Callable[[Unpack[Ts]], object], *args: Unpack[Ts], context: Context | None = None
+        self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         if self._frozen and context is not None:
             held = self._frozen.get(context.get(PROCESS) or "")

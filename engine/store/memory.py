@@ -260,9 +260,9 @@ class MemoryStore:
         memory = self.shards[batch.shard]
         if batch.commit_id == memory.last_commit:
             return Committed(EpochMs(memory.last_commit_at))
-        if batch.epoch != memory.lease.epoch:
+        if (batch.holder, batch.epoch) != (memory.lease.holder, memory.lease.epoch):
             return Fenced(memory.lease.epoch)
-        if batch.after.intake != memory.intake_cursor or batch.after.chain.seq != memory.chain.seq:
+        if batch.after.intake != memory.intake_cursor or batch.after.chain != memory.chain:
             return Superseded(f"cursor {memory.intake_cursor}, audit {memory.chain.seq}")
         for auction_id, version in batch.versions.items():
             if memory.timers.get(auction_id, {}).get("version", "0") != str(version):

@@ -222,8 +222,10 @@ class Batch:
     Guards, in order; the first that fails decides the answer and nothing is written:
 
     1. `commit_id` is the last commit of the shard: it was done before, the answer is repeated (`Committed`).
-    2. `epoch` is the fencing epoch of the shard's lease (`Fenced`).
-    3. `after` is where the shard stands, and each of `versions` is the version of that auction (`Superseded`).
+    2. `holder` and `epoch` are those of the shard's lease (`Fenced`). The epoch alone would not do: a failover that loses a
+       claim gives its number out again, and whom it was given to first may not know yet.
+    3. `after` is where the shard stands, by its cursor and the last record's `seq` and `hash`, and each of `versions` is the
+       version of that auction (`Superseded`).
     4. if `due_at` is set, the stamp of this commit is at least `due_at` (`Early`), and no intake entry behind `intake`
        arrived before it (`Undrained`).
     5. if `closes_at` is set, a gateway has written to the shard since `outage_ms` before it (`Unattended`), and no outage
@@ -232,6 +234,7 @@ class Batch:
     """
 
     shard: int
+    holder: str
     epoch: int
     commit_id: str
     est: EpochMs

@@ -282,8 +282,8 @@ class RedisStore:
 
         limits = self.limits
         args: list[str | bytes | int] = [
-            batch.epoch, batch.commit_id, batch.est, limits.stamp_bound_ms,
-            batch.after.intake, batch.after.chain.seq, batch.due_at or 0,
+            f"{batch.epoch} {batch.holder}", batch.commit_id, batch.est, limits.stamp_bound_ms,
+            batch.after.intake, f"{batch.after.chain.seq} {batch.after.chain.hash}", batch.due_at or 0,
             batch.intake, batch.chain.seq, batch.chain.hash,
             limits.closed_retention_ms, limits.updates_max, limits.replies_max, limits.seen_ms,
             (batch.closes_at or 0) if limits.outage_extension_ms else 0, limits.outage_ms, OUTAGE_HOLD_MS,

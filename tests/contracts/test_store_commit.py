@@ -72,7 +72,7 @@ async def batch_on(bench: Bench, *operations: Operation, shard: int = 0, **chang
     epoch = await claimed(bench, shard)
     head = await bench.store.head(shard)
     chain, fields = chained(head.chain, {"event_type": "test", "auction_id": "a"})
-    made = Batch(shard, epoch, uuid4().hex, bench.now(), after=head, intake=head.intake, chain=chain)
+    made = Batch(shard, "me", epoch, uuid4().hex, bench.now(), after=head, intake=head.intake, chain=chain)
     made.operations = [Record(fields), *operations]
     return replace(made, **changes)
 
@@ -270,8 +270,14 @@ async def test_a_fenced_engine_cannot_commit(bench: Bench) -> None:
 async def test_an_epoch_that_was_never_given_out_cannot_commit(bench: Bench) -> None:
     """Nobody has claimed the shard yet."""
     head = await bench.store.head(0)
-    batch = Batch(0, 1, "c-1", bench.now(), head, START, head.chain, operations=[*EVERYTHING])
+    batch = Batch(0, "me", 1, "c-1", bench.now(), head, START, head.chain, operations=[*EVERYTHING])
     assert await refused(bench, batch) == Fenced(0)
+
+
+async def test_an_epoch_is_worth_nothing_to_somebody_else(bench: Bench) -> None:
+    """A failover can lose a claim and give its epoch out again: who got it first is fenced by the name."""
+    batch = await batch_on(bench, *EVERYTHING)
+    assert await refused(bench, replace(batch, holder="other")) == Fenced(batch.epoch)
 
 
 async def test_fencing_is_decided_before_the_state(bench: Bench) -> None:
@@ -282,6 +288,13 @@ async def test_fencing_is_decided_before_the_state(bench: Bench) -> None:
 
 
 # Guard 3: where the shard and its auctions stand.
+
+
+async def test_a_commit_built_on_another_history_is_superseded(bench: Bench) -> None:
+    """A record of the same number and another hash: after a failover the log was written anew, and the chain would break."""
+    batch = await batch_on(bench, *EVERYTHING)
+    chain = replace(batch.after.chain, hash="f" * 64)
+    assert isinstance(await refused(bench, replace(batch, after=replace(batch.after, chain=chain))), Superseded)
 
 
 async def test_a_commit_built_on_another_cursor_is_superseded(bench: Bench) -> None:

@@ -34,7 +34,7 @@ LIMITS = StoreLimits(attendant="gateway-1", outage_extension_ms=120_000)
 
 async def test_auctions_are_observed_with_the_place_in_the_log(bench: Bench) -> None:
     """Hash and scores of each auction, None and nothing of one that is not there, and the head of the chain."""
-    await bench.store.claim(0, "engine", None)
+    await bench.store.claim(0, "me", None)
     batch = await batch_on(
         bench, put("a"), PlaceLive("a", EpochMs(50)), PlacePaused("p", EpochMs(7)), PlaceClosed("c", EpochMs(9))
     )
@@ -56,7 +56,7 @@ async def test_auctions_are_observed_with_the_place_in_the_log(bench: Bench) -> 
 
 async def test_what_is_displaced_stands_nowhere(bench: Bench) -> None:
     """Its entry goes from every set, and others stay."""
-    await bench.store.claim(0, "engine", None)
+    await bench.store.claim(0, "me", None)
     await bench.store.commit(await batch_on(bench, PlaceLive("a", EpochMs(5)), PlaceLive("b", EpochMs(6))))
     await bench.store.commit(await batch_on(bench, Displace("a")))
     seen = (await bench.store.observe(0, ["a", "b"])).standings
@@ -67,7 +67,7 @@ async def test_what_is_displaced_stands_nowhere(bench: Bench) -> None:
 @pytest.mark.parametrize(("found", "said"), [("7", 7), ("x", None)])
 async def test_an_edited_version_is_named(bench: Bench, found: str, said: int | None) -> None:
     """Which auction it is, and the version that its hash has; a cursor that is wrong names none."""
-    await bench.store.claim(0, "engine", None)
+    await bench.store.claim(0, "me", None)
     await bench.store.commit(await batch_on(bench, put("a"), put("b")))
     await bench.damage(0, "b", "version", found)
     answer = await bench.store.commit(await batch_on(bench, versions={"a": 3, "b": 3}))
@@ -138,7 +138,7 @@ async def test_who_is_no_gateway_proves_nothing(bench: Bench) -> None:
 @pytest.mark.requirement("B1")
 async def test_a_close_waits_for_attendance(bench: Bench) -> None:
     """Unattended near its end it waits; with an outage unapplied too; after 15 minutes no more."""
-    await bench.store.claim(0, "engine", None)
+    await bench.store.claim(0, "me", None)
     began = await beat(bench, 0)
     bench.store.limits = LIMITS
 

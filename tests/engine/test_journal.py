@@ -58,7 +58,9 @@ class Drafted:
 
     def __init__(self, *auctions: Auction, offers: dict[str, str] | None = None, **more: Any) -> None:
         timers = {auction.auction_id: TimerRecord(auction, "trace-0", "req-0") for auction in auctions}
-        self.journal = Journal(0, 3, HEAD, timers, offers or {}, now=NOW, commit_id="commit-1", **more)
+        self.journal = Journal(
+            0, 3, HEAD, timers, offers or {}, holder="engine-1", now=NOW, commit_id="commit-1", **more
+        )
         self.serial = 4
 
     def apply(self, draft: Draft, at: int | None) -> "Drafted":

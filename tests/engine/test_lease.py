@@ -208,10 +208,10 @@ def test_a_fenced_holder_drops_its_shards() -> None:
     """A holder that slept through its lease finds out at its next beat, says so, and cannot commit before it did."""
     world = World()
 
-    async def commit(epoch: int) -> object:
+    async def commit(holder: str, epoch: int) -> object:
         head = await world.store.head(0)
         return await world.store.commit(
-            Batch(0, epoch, "c-1", world.store._authority_us.now_ms, head, START, head.chain)
+            Batch(0, holder, epoch, "c-1", world.store._authority_us.now_ms, head, START, head.chain)
         )
 
     async def scenario() -> None:
@@ -225,11 +225,11 @@ def test_a_fenced_holder_drops_its_shards() -> None:
         await passes(LEASE_MS + 3 * BEAT_MS)
         assert len(taker.epochs) == SHARDS
         assert len(sleeper.epochs) == SHARDS, "it does not know yet"
-        assert await commit(sleeper.epochs[0]) == Fenced(taker.epochs[0])
+        assert await commit("a", sleeper.epochs[0]) == Fenced(taker.epochs[0])
         sleeper_store.away = False
         await passes(BEAT_MS + 1)
         assert sleeper.epochs == {}
-        assert isinstance(await commit(taker.epochs[0]), Committed)
+        assert isinstance(await commit("b", taker.epochs[0]), Committed)
         await stop(sleeping)
         await stop(taking)
 

@@ -145,6 +145,7 @@ class Worker:
             self.metrics,
             batch_max=self.batch_max,
             intake_retained=self.intake_retained,
+            holder=self.name,
         )
         await self.shard.load()
         return self

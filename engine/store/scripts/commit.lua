@@ -6,8 +6,8 @@
 --       5 auction:paused:{k}     6 auction:closed:{k}   7 auction:audit:{k}    8 auction:updates:{k}
 --       9 auction:troubleshooting:{k}                  10 auction:parked:{k}   11 auction:attendance:{k}
 --       12.. timer hashes, reply streams, offer and command keys: ARGV names them by index
--- ARGV  1 epoch                  2 commit id            3 est, ms              4 bound of the stamp around est, ms
---       5 intake id it builds on 6 audit seq it builds on                      7 due_at, ms, or 0
+-- ARGV  1 epoch and holder       2 commit id            3 est, ms              4 bound of the stamp around est, ms
+--       5 intake id it builds on 6 audit seq and hash it builds on             7 due_at, ms, or 0
 --       8 intake id it leads to  9 audit seq            10 audit hash
 --      11 retention of closed auctions, ms             12 length of the event lane  13 length of a reply stream
 --      14 how long a repetition is recognised, ms
@@ -42,18 +42,20 @@ local function is_before(one, other)
   return ms < other_ms or (ms == other_ms and tonumber(seq) < tonumber(other_seq))
 end
 
-local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit', 'commit_at')
+local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit', 'commit_at', 'hash')
 if head[5] == ARGV[2] then
   return {'OK', head[6]}
 end
-local epoch = redis.call('HGET', lease, 'epoch') or '0'
-if epoch ~= ARGV[1] then
+-- Epoch and holder: a failover that loses a claim gives its epoch out again, and the first to get it may not know yet.
+local held = redis.call('HMGET', lease, 'epoch', 'holder')
+local epoch = held[1] or '0'
+if epoch .. ' ' .. (held[2] or '') ~= ARGV[1] then
   return {'FENCED', epoch}
 end
 if (head[1] or '0-0') ~= ARGV[5] then
   return {'SUPERSEDED', 'cursor ' .. (head[1] or '0-0')}
 end
-if (head[2] or '0') ~= ARGV[6] then
+if (head[2] or '0') .. ' ' .. (head[7] or string.rep('0', 64)) ~= ARGV[6] then
   return {'SUPERSEDED', 'audit ' .. (head[2] or '0')}
 end
 
