@@ -190,6 +190,7 @@ class Hub:
         for entry in entries:
             self.positions[shard] = entry.stream_id
             if not is_frame(entry.type):
+                ring.pass_by(entry.stream_id)
                 continue
             ring.append(entry)
             if (held := self._held.get(entry.auction_id)) is not None:

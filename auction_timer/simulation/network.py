@@ -335,6 +335,10 @@ class Link:
         """See `ShardStore`."""
         await self._call("forget_closed", lambda: at_once(self._store.forget_closed(shard, before)))
 
+    async def deliver_replies(self, shard: int) -> None:
+        """See `ShardStore`."""
+        await self._call("deliver_replies", lambda: at_once(self._store.deliver_replies(shard)))
+
     async def deployment(self, shards: int) -> None:
         """See `ShardStore`."""
         await self._call("deployment", lambda: at_once(self._store.deployment(shards)))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from engine.contract.cursors import START, stream_order
 from engine.store.protocol import UpdateEntry
-from gateway.ring import RING_MAX, Ring
+from gateway.ring import PLACES_PER_EVENT, RING_MAX, Ring
 
 AUCTIONS = ("a-1", "a-2", "a-3")
 
@@ -33,7 +33,7 @@ class NaiveRing:
             self.from_ = self.entries.pop(0).stream_id
 
     def since(self, auction_id: str, behind: tuple[int, int]) -> list[UpdateEntry] | None:
-        if behind < stream_order(self.from_):
+        if behind not in [stream_order(place) for place in (self.from_, *(entry.stream_id for entry in self.entries))]:
             return None
         return [
             found for found in self.entries if found.auction_id == auction_id and stream_order(found.stream_id) > behind
@@ -71,6 +71,29 @@ def test_a_ring_answers_as_a_plain_list_would(length_max: int, steps: list[tuple
                 assert ring.since(each, behind) == naive.since(each, behind), (each, behind)
     assert sum(len(own) for own in ring._by_auction.values()) == len(ring._entries) <= length_max
     assert all(ring._by_auction.values()), "an auction whose events are all forgotten is forgotten too"
+
+
+@pytest.mark.requirement("B4")
+def test_a_cursor_of_a_lost_history_is_no_place() -> None:
+    """A failover lost 5-0, and the lane went on behind it: who was told of 5-0 is not told that nothing is missing."""
+    ring = Ring()
+    ring.append(entry("3-0", "a-1"))
+    ring.pass_by("4-0")
+    ring.append(entry("8-0", "a-1"))
+    assert ring.since("a-1", (5, 0)) is None
+    assert ring.since("a-1", (4, 0)) == [entry("8-0", "a-1")]
+
+
+def test_places_are_bounded() -> None:
+    """Events that are not for clients push old places out; a place that is forgotten cannot be resumed from."""
+    ring = Ring(2)
+    ring.append(entry("1-0", "a-1"))
+    for number in range(2, 2 + PLACES_PER_EVENT * 2):
+        ring.pass_by(f"{number}-0")
+    assert ring.since("a-1", (0, 0)) is None
+    assert ring.since("a-1", (1, 0)) == []
+    assert ring.since("a-1", (2, 0)) == []
+    assert len(ring._places) == PLACES_PER_EVENT * 2
 
 
 def test_a_new_ring_lacks_nothing() -> None:
