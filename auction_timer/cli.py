@@ -35,7 +35,8 @@ RedisUrl = Annotated[
     str | None,
     typer.Option(
         "--redis-url",
-        help="redis://, rediss://, unix:// or redis+sentinel://h:p,h:p/SERVICE. Also AUCTION_TIMER_REDIS_URL.",
+        help="redis://, rediss://, unix://, redis+sentinel://h:p,h:p/SERVICE or redis+cluster://h:p,h:p. "
+        "Also AUCTION_TIMER_REDIS_URL.",
         show_default=False,
     ),
 ]

@@ -35,7 +35,8 @@ class Settings(BaseSettings):
 
     redis_url: str | None = Field(
         None,
-        description="Redis or Valkey, 7.0 or newer: `redis://`, `rediss://`, `unix://`, `redis+sentinel://h:p,h:p/SERVICE`. "
+        description="Redis or Valkey, 7.0 or newer: `redis://`, `rediss://`, `unix://`, `redis+sentinel://h:p,h:p/SERVICE`, "
+        "`redis+cluster://h:p,h:p`. "
         "Unset, `serve` runs a private server of its own.",
     )
     server_binary: Path | None = Field(

@@ -228,12 +228,13 @@ class SentinelGroup:
         return [member for member in self.members if member is not primary and member.process.poll() is None]
 
     @contextmanager
-    def without_replicas(self) -> Iterator[Member]:
-        """Stop the replicas and cut their links: what the primary writes now, nobody else has. The primary is given."""
+    def without_replicas(self, *, cut: bool = True) -> Iterator[Member]:
+        """Stop the replicas and `cut` their links: what the primary writes now, nobody else has. The primary is given."""
         primary, replicas = self.primary, self.replicas
         for replica in replicas:
             replica.freeze()
-        primary.ask("CLIENT", "KILL", "TYPE", "replica")
+        if cut:
+            primary.ask("CLIENT", "KILL", "TYPE", "replica")
         try:
             yield primary
         finally:

@@ -247,6 +247,11 @@ class RedisLink:
         return self._map is not None
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether an answer waits for a replica."""
+        return self._replicated
+
+    @property
     def commands(self) -> "redis.Redis":
         """The client of the one server there is; a Cluster has none that serves every key."""
         return self._nodes[None].commands

@@ -168,9 +168,7 @@ class MemoryStore:
             outage = Outage(seen, at, limits.outage_extension_ms)
             name = f"outage-{seen}-{at}"
             context = Context(name, CommandType.OUTAGE_OBSERVED, name, name, Actor("system", limits.attendant))
-            memory.events.append(
-                Entry(memory.next_id(), at, name, encode(IntakeEvent(context, outage, None)))
-            )
+            memory.events.append(Entry(memory.next_id(), at, name, encode(IntakeEvent(context, outage, None))))
             memory.outage_since = seen if memory.outage_since is None else memory.outage_since
             memory.outage_id = memory.events[-1].stream_id
             memory.last_at = at

@@ -67,6 +67,11 @@ PAGE_MAX: Final = 1_000
 SILENCE_MAX_MS: Final = 3_000
 """A subscription that hears nothing for this long, not even the answer to its own ping, is dead."""
 PING_EVERY_S: Final = 1.0
+REPLICAS_ADVISED: Final = 2
+_FEW_REPLICAS: Final = (
+    "durability is 'replicated' and a primary has fewer than two replicas: after its failover none is left, and nothing is "
+    "acknowledged until there is one again; give each primary two"
+)
 TICKS_HELD_MAX: Final = 1_000
 """Messages of the tick lanes of a Cluster that wait for their reader; then the nodes wait."""
 
@@ -136,9 +141,15 @@ class RedisStore:
             nodes = await self.link.call(self.link.primaries)
             for node in nodes:
                 found |= dict.fromkeys(_complaints(await self._config(node)))
+                if self.link.is_replicated and await self._replicas(node) < REPLICAS_ADVISED:
+                    found |= dict.fromkeys([_FEW_REPLICAS])
         except RedisRefusedError:
             return ["CONFIG GET is not allowed here: check by hand that maxmemory-policy is noeviction and AOF is on"]
         return list(found)
+
+    async def _replicas(self, node: Node) -> int:
+        role = await self.link.call(lambda: node.commands.execute_command("ROLE"))
+        return len(role[2]) if role[0] in (b"master", "master") else 0
 
     async def _config(self, node: Node) -> dict[str, str]:
         asked = ("CONFIG", "GET", "maxmemory-policy", "appendonly")

@@ -201,15 +201,19 @@ async def test_replicated_durability_loses_nothing_that_was_told(group: Sentinel
     await asyncio.to_thread(group.wait_until_whole)
 
 
-async def test_a_repetition_is_not_taken_for_replicated(group: SentinelGroup) -> None:
-    """A repeated command writes nothing; it is acknowledged when a replica has the first one, and not before."""
+@pytest.mark.parametrize("cut", [True, False], ids=["gone", "silent"])
+async def test_a_repetition_is_not_taken_for_replicated(group: SentinelGroup, cut: bool) -> None:
+    """A repeated command writes nothing; it is acknowledged when a replica has the first one, and not before.
+
+    Replicas that are connected and silent are the trap: as of the beginning of time they have everything.
+    """
     group.primary.ask("FLUSHALL")
     link = RedisLink(group.url, SystemClock(), durability="replicated", call_deadline_ms=200)
     store = RedisStore(link, SystemClock())
     estimate = EpochMs(SystemClock().wall_ms())
     try:
         await store.append(0, [Draft("e-0", b"")], estimate, "c-0")
-        with group.without_replicas():
+        with group.without_replicas(cut=cut):
             for _ in range(3):
                 # On a connection of its own: nothing was written there before.
                 await link.commands.connection_pool.disconnect()
@@ -233,6 +237,24 @@ async def until_appended(store: RedisStore, estimate: EpochMs) -> Any:
     while True:
         with contextlib.suppress(StoreUnavailableError):
             return await store.append(0, [Draft("e-1", b"")], estimate, "c-1")
+
+
+async def test_too_few_replicas_are_complained_of(group: SentinelGroup) -> None:
+    """With two replicas nothing is wrong; with one the operator is told what a failover would do."""
+    primary = await asyncio.to_thread(group.wait_until_whole)
+    link = RedisLink(group.url, SystemClock(), durability="replicated")
+    store = RedisStore(link, SystemClock())
+    killed = group.replicas[0]
+    try:
+        assert await store.complaints() == []
+        killed.kill()
+        await until(lambda: len(primary.ask("ROLE")[2]) == 1)
+        (complaint,) = await store.complaints()
+        assert "two" in complaint
+    finally:
+        killed.start()
+        await link.close()
+    await asyncio.to_thread(group.wait_until_whole)
 
 
 async def test_the_first_command_is_not_refused_when_memory_is_full(group: SentinelGroup) -> None:
