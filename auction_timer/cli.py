@@ -69,9 +69,7 @@ Token = Annotated[
 CommandId = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
 ErrorCode = Annotated[str | None, typer.Option(help="Only commands with this error.", show_default=False)]
 EventTypeName = Annotated[str | None, typer.Option(help="Only commands of this type.", show_default=False)]
-Operator = Annotated[
-    str, typer.Option(help="Who is recorded; with a token it is the token's subject.", envvar="USER")
-]
+Operator = Annotated[str, typer.Option(help="Who is recorded; with a token it is the token's subject.", envvar="USER")]
 Parent = Annotated[int | None, typer.Option(hidden=True)]
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -155,8 +153,12 @@ def gateway(
 def reconciler(
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
-    once: Annotated[bool, typer.Option("--once", help="One pass, then exit: 0 nothing found, 1 drift, 69 no Redis.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="With --once: print a table of what was found and done.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="One pass, then exit: 0 nothing found, 1 drift, 69 no Redis.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="With --once: print a table of what was found and done.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --once: repair nothing.")] = False,
     parent: Parent = None,
 ) -> None:
@@ -266,7 +268,9 @@ def simulate(
     seed: Annotated[int | None, typer.Option(help="Replays exactly what it did before.", show_default="random")] = None,
     auctions: Annotated[int, typer.Option(min=1, max=100_000, help="How many auctions there are.")] = 100,
     days: Annotated[float, typer.Option(min=0.01, max=366, help="Virtual days in which they start.")] = 1,
-    faults: Annotated[bool, typer.Option(help="Crashes, pauses, failovers, clocks that step, calls that get lost.")] = True,
+    faults: Annotated[
+        bool, typer.Option(help="Crashes, pauses, failovers, clocks that step, calls that get lost.")
+    ] = True,
 ) -> None:
     """Run engines and gateways on virtual time against seeded work and faults, and judge what they did.
 

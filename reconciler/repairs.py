@@ -19,7 +19,13 @@ from reconciler.drift import Drift, DriftKind, Views
 RECONCILER: Final = Actor("system", "reconciler")
 
 REPORTED_ONLY: Final = frozenset(
-    {DriftKind.OVERDUE, DriftKind.LOG_MISSING, DriftKind.MEMORY_DIFFERS, DriftKind.HEARTBEAT_FROZEN, DriftKind.ENGINE_SILENT}
+    {
+        DriftKind.OVERDUE,
+        DriftKind.LOG_MISSING,
+        DriftKind.MEMORY_DIFFERS,
+        DriftKind.HEARTBEAT_FROZEN,
+        DriftKind.ENGINE_SILENT,
+    }
 )
 """What no event can mend: a person must look. A hash without any log may be an auction, so it is never removed."""
 
