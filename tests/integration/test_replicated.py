@@ -211,8 +211,9 @@ async def test_a_repetition_is_not_taken_for_replicated(group: SentinelGroup, cu
     link = RedisLink(group.url, SystemClock(), durability="replicated", call_deadline_ms=200)
     store = RedisStore(link, SystemClock())
     estimate = EpochMs(SystemClock().wall_ms())
+    patient = RedisLink(group.url, SystemClock(), durability="replicated")
     try:
-        await store.append(0, [Draft("e-0", b"")], estimate, "c-0")
+        await RedisStore(patient, SystemClock()).append(0, [Draft("e-0", b"")], estimate, "c-0")
         with group.without_replicas(cut=cut):
             for _ in range(3):
                 # On a connection of its own: nothing was written there before.
@@ -228,6 +229,7 @@ async def test_a_repetition_is_not_taken_for_replicated(group: SentinelGroup, cu
         (appended,) = await until_appended(store, estimate)
         assert appended.accepted, "its own first try is no duplicate"
     finally:
+        await patient.close()
         await link.close()
     await asyncio.to_thread(group.wait_until_whole)
 
