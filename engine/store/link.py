@@ -199,7 +199,13 @@ async def heeding_cancellation(attempt: Callable[[], Awaitable[T]]) -> T:
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
-    result = await attempt()
+    try:
+        result = await attempt()
+    except Exception:
+        # A time-out in the same turn swallows it just as well.
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from None
+        raise
     if task is not None and task.cancelling() > before:
         raise asyncio.CancelledError
     return result

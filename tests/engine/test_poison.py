@@ -125,8 +125,12 @@ class Stage:
 
     async def audit(self, shard: int) -> list[dict[str, str]]:
         """The records of a shard."""
-        entries = await self.link.commands.xrange(ShardKeys.of(shard).audit)
-        return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in entries]
+        found: list[dict[str, str]] = []
+        behind = START
+        while page := await self.store.audit_entries(shard, behind, 1_000):
+            found += [entry.fields for entry in page]
+            behind = page[-1].stream_id
+        return found
 
     async def parked(self) -> dict[str, dict[str, Any]]:
         """Everything in troubleshooting, found as an operator finds it: by the list."""

@@ -1,6 +1,7 @@
 """The contract of the audit archive, on SQLite and on a real PostgreSQL."""
 
 import asyncio
+import contextlib
 import sqlite3
 import stat
 import sys
@@ -351,7 +352,7 @@ async def test_cancelled_in_the_middle_it_has_written_all_or_nothing(archive: Au
         for _ in range(turns):
             await asyncio.sleep(0)
         appending.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError):  # it may be done already
             await appending
         assert len(await archive.walk(turns, 0, 100)) in (0, 40)
         assert await archive.append(turns, written) == []
