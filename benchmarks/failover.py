@@ -39,7 +39,7 @@ from tests.topologies import SHARDS, ClusterGroup, SentinelGroup
 WINDOW_MS: Final = 60_000
 EXTENSION_MS: Final = 1_500
 FIRST_END_MS: Final = 3_000
-LAST_END_MS: Final = 12_000
+LAST_END_MS: Final = 9_000
 """From the start of the run: before, during and after an outage of two to three seconds."""
 KILL_AFTER_S: Final = 2.5
 SETTLED_MS: Final = 250
@@ -203,7 +203,11 @@ def _judge(seen: Seen, logs: dict[str, list[dict[str, Any]]], ends: dict[str, in
 
 async def one_run(topology: Topology, auctions: int) -> dict[str, Any]:
     """One failover, under bids, from the start of the auctions to the last close."""
-    env = {"AUCTION_TIMER_DURABILITY": "replicated", "AUCTION_TIMER_REDIS_URL": topology.url}
+    env = {
+        "AUCTION_TIMER_DURABILITY": "replicated",
+        "AUCTION_TIMER_REDIS_URL": topology.url,
+        "AUCTION_TIMER_DRAIN_MS": "0",
+    }
     with tempfile.TemporaryDirectory(prefix="at-") as directory:
         stack = await asyncio.to_thread(LiveStack, Path(directory), env=env)
         try:
