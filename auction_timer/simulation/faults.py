@@ -28,9 +28,6 @@ WANDER_US_MAX: Final = 100_000
 WANDER_PPM: Final = 50
 SET_MS_MAX: Final = 100
 FAR_OFF_MS: Final = (-HOUR_MS, -10_000, -600, 600, 10_000, HOUR_MS)
-GATEWAYS_FIRST_MS: Final = 1_000
-"""How long after a failover only gateways reach the new primary. A gateway that finds its lane already grown past its own
-place cannot tell yet that it is another lane; until it can, it is let look first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +40,29 @@ class Trouble:
     """The longest time that anything is away, frozen or far off."""
     lost_ms: int
     """The longest suffix that a failover loses."""
-    calls: bool = True
-    """Whether single calls fail too."""
+    calls: float
+    """The part of all calls that fail too."""
 
 
-SMALL_TROUBLE: Final = Trouble(events=5, outage_ms=4_000, lost_ms=3_000)
-WEEK_TROUBLE: Final = Trouble(events=400, outage_ms=300_000, lost_ms=60_000)
-NO_TROUBLE: Final = Trouble(events=0, outage_ms=0, lost_ms=0, calls=False)
+SMALL_TROUBLE: Final = Trouble(events=5, outage_ms=4_000, lost_ms=3_000, calls=0.03)
+WEEK_TROUBLE: Final = Trouble(events=280, outage_ms=300_000, lost_ms=60_000, calls=0.003)
+NO_TROUBLE: Final = Trouble(events=0, outage_ms=0, lost_ms=0, calls=0.0)
 
 
 class Weather:
     """Decides the fate of single calls. In calm weather they take a fraction of a millisecond."""
 
-    def __init__(self, random: Random, *, rough: bool) -> None:
+    def __init__(self, random: Random, chance: float) -> None:
         self._random = random
-        self.rough = rough
+        self._chance = chance
+        self.rough = True
         self.noted: Callable[[str], None] = lambda _kind: None
 
     def __call__(self, name: str, writes: bool) -> Fate:
         """The fate of a call."""
         random = self._random
         out_ms, back_ms = 0.05 + random.random(), 0.05 + random.random()
-        if not self.rough or random.random() > 0.03:
+        if not self.rough or random.random() >= self._chance:
             return Fate(out_ms, back_ms)
         kind = random.choice(("slow", "request lost", "answer lost", "twice") if writes else ("slow", "answer lost"))
         self.noted(f"{name}: {kind}" if writes else f"reads: {kind}")
@@ -190,7 +188,7 @@ class Faults:
         engine.thaw()
 
     async def _outage(self) -> None:
-        if self._network.away or self._network.gateways_first:
+        if self._network.away:
             return
         self._fault("outage")
         self._network.away = True
@@ -207,7 +205,7 @@ class Faults:
             for shard in chosen
         }
         await asyncio.sleep(lost_ms / 1_000)
-        if network.away or network.gateways_first:
+        if network.away:
             return
         self._fault("lost suffix", f"{chosen} {lost_ms}")
         network.away = True
@@ -221,11 +219,7 @@ class Faults:
             witness.lost(shard, mark, was.updates)
             store.shards[shard] = memory
         await asyncio.sleep(self._for_ms() / 1_000)
-        self._weather.rough, rough = False, self._weather.rough
-        network.gateways_first, network.away = True, False
-        await asyncio.sleep(GATEWAYS_FIRST_MS / 1_000)
-        network.gateways_first = False
-        self._weather.rough = rough
+        network.away = False
 
     async def _step_authority(self) -> None:
         by_ms = self._random.randint(-SET_MS_MAX, SET_MS_MAX)

@@ -11,8 +11,7 @@ The store itself is `MemoryStore`, driven in one step per call, so every call is
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar, cast
 
 from auction_timer.simulation.timeline import Timeline
@@ -79,16 +78,10 @@ class Network:
         self._idle_ms = idle_ms
         self._reconnect_ms = max(RECONNECT_MS, idle_ms / 30)
         self.away = False
-        self.gateways_first = False
-        """After a failover: only gateways have found the new primary yet."""
         self.generation = 0
         """How often every connection broke."""
         self._waiting: dict[asyncio.Future[Any], str] = {}
         self._parked: list[_Blocked] = []
-
-    def is_reachable(self, process: str) -> bool:
-        """Whether requests of this process come through."""
-        return not self.away and not (self.gateways_first and not process.startswith("gateway"))
 
     def break_connections(self) -> None:
         """Every call that is under way fails; a request that has not arrived never does."""
@@ -109,14 +102,14 @@ class Network:
             StoreUnavailableError: no answer came.
         """
         future = self._ask(process)
-        if not self.is_reachable(process):
+        if self.away:
             self._fail_in(self._reconnect_ms, future)
             return cast(T, await future)
         fate = self.fate(name, writes)
         broken = self.generation
 
         def arrive() -> None:
-            if broken != self.generation or not self.is_reachable(process):
+            if broken != self.generation or self.away:
                 return
             try:
                 answer = effect()
@@ -145,14 +138,14 @@ class Network:
             StoreUnavailableError: no answer came.
         """
         future = self._ask(process)
-        if not self.is_reachable(process):
+        if self.away:
             self._fail_in(self._reconnect_ms, future)
             return cast(T, await future)
         fate = self.fate(name, False)
         broken = self.generation
 
         def arrive() -> None:
-            if broken != self.generation or not self.is_reachable(process):
+            if broken != self.generation or self.away:
                 return
             found = look()
             if _is_something(found) or block_ms <= 0:
@@ -261,11 +254,13 @@ class Link:
 
     async def _call(self, name: str, effect: Callable[[], T], *, writes: bool = False) -> T:
         if self._dead:
+            await asyncio.sleep(0)  # where a loop that tries again and again hears that it is cancelled
             raise StoreUnavailableError("this process is dead")
         return await self._network.call(self._process, name, effect, writes=writes)
 
     async def _block(self, name: str, look: Callable[[], T], block_ms: int) -> T:
         if self._dead:
+            await asyncio.sleep(0)  # where a loop that tries again and again hears that it is cancelled
             raise StoreUnavailableError("this process is dead")
         try:
             answer = await self._network.block(self._process, name, look, block_ms)
@@ -345,7 +340,7 @@ class Link:
 
     async def publish(self, lines: Mapping[int, bytes]) -> None:
         """See `ShardStore`. Ticks are disposable: they take no time, and while the store is away they are gone."""
-        if self._dead or not self._network.is_reachable(self._process):
+        if self._dead or self._network.away:
             raise StoreUnavailableError("no answer")
         await self._store.publish(lines)
 
@@ -445,16 +440,15 @@ class Link:
 
 
 def copy_of(memory: ShardMemory) -> ShardMemory:
-    """A shard as it stands now, to be what a failover falls back to."""
-    return replace(
-        memory,
-        events=list(memory.events),
-        updates=list(memory.updates),
-        audit=list(memory.audit),
-        timers=deepcopy(memory.timers),
-        groups=deepcopy(memory.groups),
-        offers=dict(memory.offers),
-        troubleshooting=dict(memory.troubleshooting),
-        outcomes=dict(memory.outcomes),
-        seen=dict(memory.seen),
-    )
+    """A shard as it stands now, to be what a failover falls back to: nothing that can change is shared."""
+    return ShardMemory(**{field.name: _copied(getattr(memory, field.name)) for field in fields(memory)})
+
+
+def _copied(value: Any) -> Any:
+    match value:
+        case list():
+            return list(value)
+        case dict():
+            return {name: dict(held) if isinstance(held, dict) else held for name, held in value.items()}
+        case _:
+            return value

@@ -30,10 +30,12 @@ START_AGAIN_S = 0.5
 class Process:
     """What can be started, killed and frozen. One object is one machine; each start of it is a new incarnation."""
 
-    def __init__(self, name: str, network: Network, random: Random) -> None:
+    def __init__(self, name: str, network: Network, random: Random, *, hostile: bool) -> None:
         self.name = name
         self.network = network
-        self.clock = ManualClock(network.line, seed=random.randrange(2**32), drift_ppm=random.randrange(-50, 51))
+        self.clock = ManualClock(
+            network.line, seed=random.randrange(2**32), drift_ppm=random.randrange(-50, 51), hostile=hostile
+        )
         self.link: Link
         self._lives = count(1)
         self._task: asyncio.Task[None] | None = None
@@ -102,8 +104,10 @@ class Process:
 class EngineProcess(Process):
     """An engine."""
 
-    def __init__(self, name: str, network: Network, random: Random, settings: Settings, pace: Pace) -> None:
-        super().__init__(name, network, random)
+    def __init__(
+        self, name: str, network: Network, random: Random, settings: Settings, pace: Pace, *, hostile: bool
+    ) -> None:
+        super().__init__(name, network, random, hostile=hostile)
         self._settings = settings.model_copy(update={"instance": name})
         self._pace = pace
         self._engine: Engine | None = None
@@ -125,8 +129,10 @@ class EngineProcess(Process):
 class GatewayProcess(Process):
     """A gateway: its clock, its hub and its feeds. Producers send through it, clients watch in it."""
 
-    def __init__(self, name: str, network: Network, random: Random, shards: int, pace: Pace, *, ticks: bool) -> None:
-        super().__init__(name, network, random)
+    def __init__(
+        self, name: str, network: Network, random: Random, shards: int, pace: Pace, *, hostile: bool, ticks: bool
+    ) -> None:
+        super().__init__(name, network, random, hostile=hostile)
         self._shards = shards
         self._pace = pace
         self._ticks = ticks

@@ -50,6 +50,8 @@ class Plan:
     """See `Network`."""
     ticks: bool = True
     """Whether gateways listen to the tick lane. Engines tick in any case."""
+    hostile: bool = True
+    """Whether sleeps end early, as those of real loops do."""
 
 
 def small(seed: int, *, faults: bool = True) -> Plan:
@@ -88,6 +90,7 @@ def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> 
         client_stays_s=6 * 3_600.0,
         idle_ms=60_000,
         ticks=False,
+        hostile=False,
     )
 
 
@@ -133,10 +136,10 @@ class _Simulation:
         self._authority = Authority(line)
         self._store = MemoryStore(self._authority)
         self._witness = Witness(line, plan.shards)
-        self._weather = Weather(self._random("network"), rough=plan.trouble.calls)
+        self._weather = Weather(self._random("network"), plan.trouble.calls)
         network = Network(line, self._store, self._witness, self._weather, plan.idle_ms)
-        settings = Settings(
-            _env_file=None,
+        # Not from the environment: a seed must repeat everywhere.
+        settings = Settings.model_construct(
             shards=plan.shards,
             lease_ms=plan.lease_ms,
             heartbeat_ms=plan.heartbeat_ms,
@@ -145,12 +148,20 @@ class _Simulation:
             intake_retained=5_000_000,
         )
         self._engines = [
-            EngineProcess(f"engine-{n}", network, self._random(f"engine {n}"), settings, plan.pace)
+            EngineProcess(
+                f"engine-{n}", network, self._random(f"engine {n}"), settings, plan.pace, hostile=plan.hostile
+            )
             for n in range(plan.engines)
         ]
         self._gateways = [
             GatewayProcess(
-                f"gateway-{n}", network, self._random(f"gateway {n}"), plan.shards, plan.pace, ticks=plan.ticks
+                f"gateway-{n}",
+                network,
+                self._random(f"gateway {n}"),
+                plan.shards,
+                plan.pace,
+                hostile=plan.hostile,
+                ticks=plan.ticks,
             )
             for n in range(plan.gateways)
         ]

@@ -252,7 +252,7 @@ class Life:
             self._later(lambda: self._workload.send(self._id, draft))
 
     def _later(self, what: Callable[[], Any]) -> None:
-        asyncio.get_running_loop().call_later(self._random.expovariate(1 / 1.5), what)
+        asyncio.get_running_loop().call_later(self._random.expovariate(3_000 / self._workload.scale.lead_ms), what)
 
     def _announce(self, terms: str = "") -> None:
         policy = Policy(extension_ms=7) if terms else self._policy
@@ -281,8 +281,8 @@ class Life:
 
     def _pause(self) -> None:
         self._send(EventType.PAUSE_REQUESTED, Pause("fire alarm"))
-        if self._random.random() < 0.8:
-            self._later(self._resume)
+        # Nothing stays paused for good: days would pass with its ticks.
+        self._later(self._resume if self._random.random() < 0.8 else self._cancel)
 
     def _resume(self) -> None:
         self._send(EventType.RESUME_REQUESTED, Resume("all clear"))
