@@ -20,7 +20,7 @@ serve: $(READY)
 	@$(BIN)/auction-timer serve
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --cov --cov-report=term --cov-fail-under=90
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -165,7 +165,10 @@ class Settings(BaseSettings):
         "window, in ms; 0 turns it off. The same for every engine and gateway.",
     )
     reconcile_interval_ms: int = Field(
-        10_000, ge=200, le=3_600_000, description="How often the reconciler compares every live auction with the log, in ms."
+        10_000,
+        ge=200,
+        le=3_600_000,
+        description="How often the reconciler compares every live auction with the log, in ms.",
     )
     reconcile_repairs_max: int = Field(
         100, ge=0, le=10_000, description="Repairs the reconciler asks for in one pass; more wait for the next one."
@@ -186,7 +189,10 @@ class Settings(BaseSettings):
         30 * 24 * HOUR_MS, ge=60_000, description="How long a closed auction can still be read, in ms."
     )
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="Port on loopback where `engine`, or a `reconciler` started alone, serves its metrics. Unset: none."
+        None,
+        ge=0,
+        le=65535,
+        description="Port on loopback where `engine`, or a `reconciler` started alone, serves its metrics. Unset: none.",
     )
     log_format: Literal["json", "text"] = Field("text", description="Form of the log lines on stderr.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

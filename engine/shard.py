@@ -327,9 +327,7 @@ class Shard:
     def _hit_by(self, outage: Outage) -> set[str]:
         """The auctions that may lose time to an outage; one that is extended in the same batch is hit no later."""
         return {
-            auction_id
-            for auction_id, record in self.live.items()
-            if is_hit(record.auction, outage.since, outage.until)
+            auction_id for auction_id, record in self.live.items() if is_hit(record.auction, outage.since, outage.until)
         }
 
     async def _offers(self, events: list[IntakeEvent]) -> dict[str, str]:

@@ -207,8 +207,14 @@ class SentinelGroup:
 
     def wait_until_whole(self) -> Member:
         """Wait for one primary with two replicas that every sentinel knows to be well; the primary."""
-        primary = self.primary
-        until(lambda: len(primary.ask("ROLE")[2]) == 2, "both replicas are connected")
+
+        def with_replicas() -> Member | None:
+            # Asked anew each time: who was named a moment ago may have been told to follow somebody else.
+            primary = self.primary
+            role = primary.ask("ROLE")
+            return primary if role[0] in (b"master", "master") and len(role[2]) == 2 else None
+
+        primary: Member = until(with_replicas, "both replicas are connected")
         for sentinel in self.sentinels:
             until(lambda sentinel=sentinel: self._is_well(sentinel, primary), f"{sentinel.address} sees all well")
         return primary

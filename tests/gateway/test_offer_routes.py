@@ -13,7 +13,7 @@ from engine.domain.withdrawal import WithdrawalReason
 from engine.store.protocol import StoreUnavailableError
 from gateway import commands as commands_module
 from tests.fakes.clock import BORN_MS
-from tests.gateway.desk import CALLERS, ENDS_AT, OFFER, Desk, bearing, desk, without_ids
+from tests.gateway.desk import CALLERS, OFFER, Desk, bearing, desk, without_ids
 
 WINDOW_ENDS_AT = BORN_MS - 60_000 + 30 * MINUTE_MS
 MAY = {

@@ -102,9 +102,7 @@ def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrate
             return st.builds(Discard, texts, reasons)
         case CommandType.CORRECTION_REQUESTED:
             fields = st.dictionaries(st.sampled_from(["auction_id", "status", "version"]), st.text(max_size=8))
-            return st.builds(
-                Correct, reasons, fields, st.integers(0, 2**53), st.none() | instants, st.booleans()
-            )
+            return st.builds(Correct, reasons, fields, st.integers(0, 2**53), st.none() | instants, st.booleans())
         case CommandType.OUTAGE_OBSERVED:
             return st.builds(Outage, instants, instants, st.integers(0, 900_000))
         case CommandType.RESYNC_REPORTED:

@@ -96,7 +96,9 @@ DECISIONS: Final[dict[Fact, Decision]] = {
     Fact.EXTENDED: told(Status.CLOSING, Trigger.BID),
     Fact.BID_ACCEPTED: told(Status.ACTIVE, Trigger.BID),
     Fact.LATE_BID_IGNORED: told(Status.ENDED, Trigger.BID),
-    Fact.OUTAGE_EXTENDED: next(extend_over(IN_STATUS[Status.CLOSING][0], EpochMs(1), EpochMs(NOW + 30 * HOUR_MS), 60_000)),
+    Fact.OUTAGE_EXTENDED: next(
+        extend_over(IN_STATUS[Status.CLOSING][0], EpochMs(1), EpochMs(NOW + 30 * HOUR_MS), 60_000)
+    ),
     Fact.CORRECTED: correct(
         IN_STATUS[Status.CLOSING][0], NOW, cause="hash_changed", found_version=9, found_ends_at=None
     ),

@@ -105,7 +105,13 @@ EVENTS = {
     CommandType.RETRY_REQUESTED: ({"command_id": "bid-9", "reason": "known now"}, Retry("bid-9", "known now")),
     CommandType.DISCARD_REQUESTED: ({"command_id": "bid-9", "reason": "a test"}, Discard("bid-9", "a test")),
     CommandType.CORRECTION_REQUESTED: (
-        {"cause": "hash_changed", "fields": {"status": "ACTIVE"}, "found_version": 9, "found_ends_at": 5, "unknown": False},
+        {
+            "cause": "hash_changed",
+            "fields": {"status": "ACTIVE"},
+            "found_version": 9,
+            "found_ends_at": 5,
+            "unknown": False,
+        },
         Correct("hash_changed", {"status": "ACTIVE"}, 9, EpochMs(5)),
     ),
     CommandType.OUTAGE_OBSERVED: (
