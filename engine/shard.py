@@ -49,7 +49,9 @@ CHECKPOINT_EVERY: Final = 1_000
 """Entries between two places to which the intake may be trimmed."""
 UNATTENDED_RETRY_MS: Final = 500
 UNDRAINED_RETRY_MS: Final = 5
-"""The reader delivers what the guard has seen within a round trip; this is the bound if it does not."""
+"""The reader delivers what the guard has seen within a round trip; this is the bound if it does not, doubled each time."""
+UNDRAINED_RETRY_MS_MAX: Final = 160
+"""A read that was lost is repeated after seconds: a close that waits for it must not fill them with commits."""
 
 log = structlog.get_logger()
 
@@ -93,6 +95,7 @@ class Shard:
     due: set[str] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     loaded: bool = False
+    _undrained_ms: int = UNDRAINED_RETRY_MS
     _doubts: int = 0
     _settled: int = 0
     _checkpoints: deque[str] = field(default_factory=deque)
@@ -220,6 +223,7 @@ class Shard:
         answer = await self.store.commit(batch)
         match answer:
             case Committed(at):
+                self._undrained_ms = UNDRAINED_RETRY_MS
                 if batch.closes_at is not None and batch.closes_at > self._attended_until:
                     self._held_until = None
                 self._install(journal, ShardHead(batch.intake, batch.chain, at), len(entries), at)
@@ -232,7 +236,8 @@ class Shard:
                 self._hold(at, now)
                 self._put_back(entries, due, now)
             case Undrained():
-                self._put_back(entries, due, EpochMs(now + UNDRAINED_RETRY_MS))
+                self._put_back(entries, due, EpochMs(now + self._undrained_ms))
+                self._undrained_ms = min(2 * self._undrained_ms, UNDRAINED_RETRY_MS_MAX)
             case Fenced(epoch):
                 raise ShardLostError(f"shard {self.number} is fenced at epoch {epoch}, ours is {self.epoch}")
             case Superseded():

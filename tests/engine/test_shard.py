@@ -14,7 +14,7 @@ from engine.contract.audit import verify
 from engine.contract.intake import EventType
 from engine.domain.events import Bid
 from engine.domain.instants import EpochMs
-from engine.shard import ShardLostError
+from engine.shard import UNDRAINED_RETRY_MS, ShardLostError
 from engine.store.protocol import Batch, Committed, Early, Entry, Fenced, Group, Superseded, Unattended, Undrained
 from tests.fakes.events import (
     bid,
@@ -225,6 +225,29 @@ async def test_an_undrained_close_waits_for_the_bid(world: World, worker: Worker
     assert world.facts("a")[-2:] == ["auction_timer_extended", "auction_timer_ended"]
     assert await ended_at(world) == at(310) - 1 + 60_000
     await asyncio.gather(*late_reader)
+
+
+async def test_a_close_that_waits_for_a_lost_read_does_not_fill_the_time_with_commits(world: World) -> None:
+    """600 commits in three seconds were seen: each refusal doubles the wait, up to a bound, and a commit ends that."""
+    store = FaultyStore(world.store)
+    worker = await Worker(world, store=store).begin()
+    await world.append(quick())
+    await worker.live_until(at(309))
+    world.line.advance(2_000)
+    world.shard.events.append(Entry(world.shard.next_id(), EpochMs(at(310) - 1), "bid-x", bid("a", "x").body))
+    shard, refused_before = worker.shard, len(store.commits)
+    waits = []
+    for _ in range(8):
+        shard.fall_due(["a"])
+        await shard.turn()
+        due_at = worker.calendar.agenda.next_at()
+        assert due_at is not None
+        waits.append(due_at - worker.clock.now_ms())
+    assert waits == [5, 10, 20, 40, 80, 160, 160, 160]
+    assert [answer for _, answer in store.commits[refused_before:]] == [Undrained()] * 8
+    await worker.work()
+    assert shard._undrained_ms == UNDRAINED_RETRY_MS
+    assert world.facts("a")[-1] == "auction_timer_extended"
 
 
 # Never early.
