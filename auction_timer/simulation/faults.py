@@ -52,16 +52,17 @@ NO_TROUBLE: Final = Trouble(events=0, outage_ms=0, lost_ms=0, calls=0.0)
 class Weather:
     """Decides the fate of single calls. In calm weather they take a fraction of a millisecond."""
 
-    def __init__(self, random: Random, chance: float) -> None:
+    def __init__(self, random: Random, chance: float, *, answers_take_time: bool = True) -> None:
         self._random = random
         self._chance = chance
+        self._answers_take_time = answers_take_time
         self.rough = True
         self.noted: Callable[[str], None] = lambda _kind: None
 
     def __call__(self, name: str, writes: bool) -> Fate:
         """The fate of a call."""
         random = self._random
-        out_ms, back_ms = 0.05 + random.random(), 0.05 + random.random()
+        out_ms, back_ms = 0.05 + random.random(), 0.05 + random.random() if self._answers_take_time else 0.0
         if not self.rough or random.random() >= self._chance:
             return Fate(out_ms, back_ms)
         kind = random.choice(("slow", "request lost", "answer lost", "twice") if writes else ("slow", "answer lost"))

@@ -189,7 +189,10 @@ class Network:
             else:
                 future.set_result(answer)
 
-        self.line.call_in(fate.back_ms, come)
+        if fate.back_ms:
+            self.line.call_in(fate.back_ms, come)
+        else:
+            come()
 
     def _grown(self) -> None:
         if not self._parked:

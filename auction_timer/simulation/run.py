@@ -51,7 +51,7 @@ class Plan:
     ticks: bool = True
     """Whether gateways listen to the tick lane. Engines tick in any case."""
     hostile: bool = True
-    """Whether sleeps end early, as those of real loops do."""
+    """Whether sleeps end early, as those of real loops do, and answers take time of their own."""
 
 
 def small(seed: int, *, faults: bool = True) -> Plan:
@@ -71,7 +71,7 @@ def small(seed: int, *, faults: bool = True) -> Plan:
 def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> Plan:
     """Days of auctions as people hold them, with engines that look less often than real ones while nothing happens."""
     pace = Pace(
-        sample_every_s=60.0,
+        sample_every_s=300.0,
         look_again_ms=60_000,
         heartbeat_ms=60_000,
         observe_every_s=3_600.0,
@@ -136,7 +136,7 @@ class _Simulation:
         self._authority = Authority(line)
         self._store = MemoryStore(self._authority)
         self._witness = Witness(line, plan.shards)
-        self._weather = Weather(self._random("network"), plan.trouble.calls)
+        self._weather = Weather(self._random("network"), plan.trouble.calls, answers_take_time=plan.hostile)
         network = Network(line, self._store, self._witness, self._weather, plan.idle_ms)
         # Not from the environment: a seed must repeat everywhere.
         settings = Settings.model_construct(

@@ -58,7 +58,7 @@ SMALL: Final = Scale(
     bids_max=5,
 )
 WEEK: Final = Scale(
-    lengths_ms=(5 * MINUTE_MS, HOUR_MS, 3 * HOUR_MS, 12 * HOUR_MS),
+    lengths_ms=(5 * MINUTE_MS, HOUR_MS, 3 * HOUR_MS, 8 * HOUR_MS),
     windows_ms=(0, MINUTE_MS, 5 * MINUTE_MS, 15 * MINUTE_MS),
     extensions_ms=(SECOND_MS, MINUTE_MS, 5 * MINUTE_MS, 15 * MINUTE_MS),
     caps_ms=(0, 10 * MINUTE_MS, 2 * HOUR_MS, 24 * HOUR_MS),
