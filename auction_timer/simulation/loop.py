@@ -52,12 +52,13 @@ class _IdleMeansLater(selectors.DefaultSelector):  # type: ignore[misc, valid-ty
         if ready := self._look():
             return ready
         line = self.timeline
-        due_ns = [line.now_ns + max(1, round(timeout * 1e9))] if timeout is not None else []
-        if line.next_ns is not None:
-            due_ns.append(line.next_ns)
-        if not due_ns:
+        due_ns = line.next_ns
+        if timeout is not None:
+            timer_ns = line.now_ns + max(1, round(timeout * 1e9))
+            due_ns = timer_ns if due_ns is None or timer_ns < due_ns else due_ns
+        if due_ns is None:
             raise NothingWillHappenError("every task waits and nothing is due on the timeline")
-        line.advance_to(max(line.now_ns, min(due_ns)))
+        line.advance_to(due_ns)
         return []
 
     def _look(self) -> list[tuple[selectors.SelectorKey, int]]:

@@ -29,6 +29,8 @@ class Timeline:
         self.now_ns = 0
         self._waiting: list[tuple[int, int, Callable[[], None]]] = []
         self._serial = count()
+        self._revocable: set[int] = set()
+        self._revoked: set[int] = set()
 
     @property
     def now_ms(self) -> EpochMs:
@@ -37,13 +39,14 @@ class Timeline:
 
     def call_at(self, at_ns: int, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` when time reaches `at_ns`; what is returned takes that back."""
-        entry = (at_ns, next(self._serial), callback)
-        heapq.heappush(self._waiting, entry)
+        serial = next(self._serial)
+        self._revocable.add(serial)
+        heapq.heappush(self._waiting, (at_ns, serial, callback))
 
         def take_back() -> None:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
-                heapq.heapify(self._waiting)
+            if serial in self._revocable:
+                self._revocable.remove(serial)
+                self._revoked.add(serial)
 
         return take_back
 
@@ -54,15 +57,25 @@ class Timeline:
     @property
     def next_ns(self) -> int | None:
         """When the next callback is due."""
-        return self._waiting[0][0] if self._waiting else None
+        waiting = self._waiting
+        while waiting and waiting[0][1] in self._revoked:
+            self._revoked.remove(heapq.heappop(waiting)[1])
+        return waiting[0][0] if waiting else None
 
     def advance_to(self, at_ns: int) -> None:
         """Let time pass up to `at_ns`; what is due on the way happens in its order, each at its own time."""
-        while self._waiting and self._waiting[0][0] <= at_ns:
-            due_ns, _, callback = heapq.heappop(self._waiting)
-            self.now_ns = max(self.now_ns, due_ns)
+        waiting = self._waiting
+        while waiting and waiting[0][0] <= at_ns:
+            due_ns, serial, callback = heapq.heappop(waiting)
+            if serial in self._revoked:
+                self._revoked.remove(serial)
+                continue
+            self._revocable.discard(serial)
+            if due_ns > self.now_ns:
+                self.now_ns = due_ns
             callback()
-        self.now_ns = max(self.now_ns, at_ns)
+        if at_ns > self.now_ns:
+            self.now_ns = at_ns
 
     def advance(self, ms: float) -> None:
         """Let `ms` milliseconds pass."""

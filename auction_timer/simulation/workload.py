@@ -58,13 +58,13 @@ SMALL: Final = Scale(
     bids_max=5,
 )
 WEEK: Final = Scale(
-    lengths_ms=(5 * MINUTE_MS, HOUR_MS, 3 * HOUR_MS, 8 * HOUR_MS),
+    lengths_ms=(5 * MINUTE_MS, 30 * MINUTE_MS, 2 * HOUR_MS, 8 * HOUR_MS),
     windows_ms=(0, MINUTE_MS, 5 * MINUTE_MS, 15 * MINUTE_MS),
     extensions_ms=(SECOND_MS, MINUTE_MS, 5 * MINUTE_MS, 15 * MINUTE_MS),
     caps_ms=(0, 10 * MINUTE_MS, 2 * HOUR_MS, 24 * HOUR_MS),
     lead_ms=10 * MINUTE_MS,
     grid_ms=15 * SECOND_MS,
-    storms_max=8,
+    storms_max=6,
     bids_max=12,
 )
 
@@ -288,7 +288,9 @@ class Life:
         self._send(EventType.RESUME_REQUESTED, Resume("all clear"))
 
     def _reschedule(self) -> None:
-        ends_at = self._ends_at + self._random.randint(-(self._ends_at - self._starts_at), self._policy.total_cap_ms)
+        grid_ms = self._workload.scale.grid_ms
+        by_ms = self._random.randint(-(self._ends_at - self._starts_at), self._policy.total_cap_ms)
+        ends_at = self._ends_at + by_ms // grid_ms * grid_ms
         self._send(EventType.SCHEDULE_CHANGED, Reschedule(EpochMs(ends_at), "hall is booked longer"))
 
     def _poison(self) -> None:
