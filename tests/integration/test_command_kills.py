@@ -54,7 +54,7 @@ MOVING: Final = {"server_time", "remaining_ms", "cursor", "trace_id", "next_poll
 
 
 QUIET_GUARD: Final = {"AUCTION_TIMER_AUDIT_RETAINED": "5", "AUCTION_TIMER_OUTAGE_EXTENSION_MS": "0"}
-"""The outage guard is off: where a killed gateway is slow to come back it would give time that the replay knows nothing of."""
+"""The outage guard is off: where a killed gateway is slow to come back it would give time that no replay knows of."""
 
 
 @dataclass(slots=True)
