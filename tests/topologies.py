@@ -216,7 +216,11 @@ class SentinelGroup:
 
         primary: Member = until(with_replicas, "both replicas are connected")
         for sentinel in self.sentinels:
-            until(lambda sentinel=sentinel: self._is_well(sentinel, primary), f"{sentinel.address} sees all well")
+            until(
+                lambda sentinel=sentinel: self._is_well(sentinel, primary),
+                f"{sentinel.address} sees all well",
+                within_s=90,
+            )
         return primary
 
     def _is_well(self, sentinel: Member, primary: Member) -> bool:
