@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -15,7 +16,7 @@ from engine.store.link import RedisLink
 from engine.store.protocol import Draft, StoreUnavailableError
 from engine.store.redis import SILENCE_MAX_MS, RedisStore
 from tests.contracts.stores import until
-from tests.topologies import Member, SentinelGroup
+from tests.topologies import WITHIN_S, Member, SentinelGroup
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R16")]
 
@@ -215,10 +216,11 @@ async def test_a_demoted_primary_is_left(group: SentinelGroup, store: RedisStore
     await store.append(0, [Draft("e-1", b"{}")], estimate(), "c-1")
     was = group.primary
     group.sentinels[0].ask("SENTINEL", "FAILOVER", "auction")
-    for number in range(2, 5_000):
-        await store.append(0, [Draft(f"e-{number}", b"{}")], estimate(), f"c-{number}")
-        if is_demoted(was):
-            break
+    numbers = itertools.count(2)
+    async with asyncio.timeout(WITHIN_S):
+        while not is_demoted(was):
+            number = next(numbers)
+            await store.append(0, [Draft(f"e-{number}", b"{}")], estimate(), f"c-{number}")
     (appended,) = await store.append(0, [Draft("e-last", b"{}")], estimate(), "c-last")
     assert appended.accepted
     now = await asyncio.to_thread(group.wait_until_whole)
