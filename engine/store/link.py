@@ -7,7 +7,7 @@ protocol version spelled out, and `RedisLink.call` repeats a whole call, with th
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
@@ -456,15 +456,26 @@ class RedisLink:
             raise NotReplicatedError(f"no replica had it within {WAIT_MS} ms: is one connected?")
         return answers[0 if asked is None else 1]
 
-    async def read_streams(self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int) -> Streams:
-        """XREAD. In a Cluster each slot is read by a command of its own. Raises as `call` does."""
+    async def read_streams(
+        self,
+        names: Sequence[str],
+        since: Sequence[str],
+        count: int,
+        block_ms: int,
+        *,
+        never_alone: Collection[str] = (),
+    ) -> Streams:
+        """XREAD. In a Cluster each slot is read by a command of its own. Raises as `call` does.
+
+        What one of the `never_alone` holds is given only with what the other streams of its slot held by then.
+        """
         groups: dict[int, list[tuple[str, str]]] = {}
         for name, place in zip(names, since, strict=True):
             groups.setdefault(slot_of(name) if self.is_cluster else 0, []).append((name, place))
         wanted = [(tuple(name for name, _ in group), tuple(place for _, place in group)) for group in groups.values()]
 
         async def read(names: tuple[str, ...], since: tuple[str, ...]) -> Streams:
-            return await self._read_slot(names, since, count, block_ms)
+            return await self._read_slot(names, since, count, block_ms, never_alone)
 
         if len(wanted) == 1:
             return await read(*wanted[0])
@@ -475,11 +486,13 @@ class RedisLink:
             found |= part
         return found
 
-    async def _read_slot(self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int) -> Streams:
+    async def _read_slot(
+        self, names: Sequence[str], since: Sequence[str], count: int, block_ms: int, never_alone: Collection[str]
+    ) -> Streams:
         block = ("BLOCK", min(block_ms, BLOCK_MS_MAX)) if block_ms > 0 else ()
         # Always of the same connection: a new one says that the server may be another, and may have lost entries.
         answer = await self.ask(names[0], "XREAD", "COUNT", count, *block, "STREAMS", *names, *since, blocking=True)
-        if answer and block_ms > 0 and len(names) > 1:
+        if block_ms > 0 and any(name.decode() in never_alone for name, _ in answer or ()):
             # Redis 7.0 gives a read that had to wait only the stream that woke it: an answer without its announcements.
             answer = await self.ask(names[0], "XREAD", "COUNT", count, "STREAMS", *names, *since, blocking=True)
         return {name.decode(): rows for name, rows in answer or ()}

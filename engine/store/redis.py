@@ -154,8 +154,7 @@ class RedisStore:
     async def _config(self, node: Node) -> dict[str, str]:
         asked = ("CONFIG", "GET", "maxmemory-policy", "appendonly")
         answer = await self.link.call(lambda: node.commands.execute_command(*asked))
-        pairs = answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=True)
-        return {_bytes(name).decode(): _bytes(value).decode() for name, value in pairs}
+        return _texts(answer)
 
     # The producers' side.
 
@@ -202,10 +201,8 @@ class RedisStore:
 
     async def beat_member(self, name: str) -> Mapping[str, int]:
         await self._read("HINCRBY", keys.ENGINES, name, 1, told=False)
-        beats = await self._read("HGETALL", keys.ENGINES, told=False)
-        if not isinstance(beats, dict):
-            beats = dict(zip(beats[::2], beats[1::2], strict=True))
-        return {_bytes(member).decode(): int(count) for member, count in beats.items()}
+        beats = _texts(await self._read("HGETALL", keys.ENGINES, told=False))
+        return {member: int(count) for member, count in beats.items()}
 
     async def forget_member(self, name: str) -> None:
         await self._read("HDEL", keys.ENGINES, name, told=False)
@@ -433,7 +430,7 @@ class RedisStore:
         lanes = {self._keys(shard).updates: shard for shard in updates}
         askers = {keys.replies(reply_to): reply_to for reply_to in replies}
         names, since = [*lanes, *askers], [*updates.values(), *replies.values()]
-        answer = await self.link.read_streams(names, since, count, block_ms)
+        answer = await self.link.read_streams(names, since, count, block_ms, never_alone=askers)
         news = News({}, {})
         for name, rows in answer.items():
             if name in lanes:
@@ -553,8 +550,14 @@ def _complaints(config: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else value
+def _texts(answer: Any) -> dict[str, str]:
+    """Names and values of a map, whether redis-py has paired and decoded them or not."""
+    pairs = answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=True)
+    return {_text(name): _text(value) for name, value in pairs}
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | None:
