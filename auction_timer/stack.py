@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -26,6 +25,7 @@ from prometheus_client import multiprocess
 from auction_timer.embedded import EmbeddedServer, StartProgress, find_server_binary
 from auction_timer.processes import ChildSpec, ChildSupervisor, console_script, first_of
 from auction_timer.roles import data_dir_of, listen, url_of
+from engine.lifetime import stop_event
 from engine.settings import PREFIX, Settings
 
 READY_POLL_S: Final = 0.05
@@ -44,10 +44,7 @@ async def serve(settings: Settings, *, gateways: int) -> None:
         LocalStackError: the store or a role cannot be started; the message says what to do.
         OSError: the port cannot be bound.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = stop_event()
     with contextlib.closing(listen(settings.host, settings.port)) as listener, _shared_metrics() as metrics_dir:
         async with _store(settings) as store:
             await _roles(settings, store, listener, metrics_dir, gateways, stop)

@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import gc
-import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from itertools import count
 from typing import Final
 
@@ -15,6 +14,7 @@ from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_sync import ClockSync
 from engine.domain.instants import EpochMs
 from engine.lease import LeaseKeeper
+from engine.lifetime import patiently, stop_event, until_stopped
 from engine.logs import without_secrets
 from engine.metrics import EngineMetrics
 from engine.pace import REALTIME, Pace
@@ -79,7 +79,7 @@ class Engine:
 
     async def run(self) -> None:
         """Work until cancelled, then give the leases back."""
-        await _patiently(lambda: self._store.deployment(self._settings.shards))
+        await patiently(lambda: self._store.deployment(self._settings.shards))
         await self.sync.start()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -182,15 +182,6 @@ class Engine:
                         await self._store.forget_closed(number, before)
 
 
-async def _patiently(step: Callable[[], Awaitable[None]]) -> None:
-    """Repeat a step of the start until the store answers: an engine that starts before its Redis waits for it."""
-    while True:
-        try:
-            return await step()
-        except StoreUnavailableError as error:
-            log.warning("waiting_for_redis", error=str(error))
-
-
 def calm_collector() -> None:
     """Keep the cycle collector away from the timers.
 
@@ -215,10 +206,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     link = RedisLink(settings.redis_url, clock, durability=settings.durability)
     store = RedisStore(link, clock, settings.store_limits())
     engine = Engine(store, clock, settings, EngineMetrics(registry), lambda: link.retries)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = stop_event()
     log.info(
         "engine_starting",
         instance=settings.instance,
@@ -226,7 +214,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
         redis=without_secrets(settings.redis_url),
     )
     try:
-        await _until(stop, _checked(store, engine))
+        await until_stopped(stop, _checked(store, engine))
     finally:
         await link.close()
     log.info("engine_stopped")
@@ -239,18 +227,5 @@ async def _checked(store: RedisStore, engine: Engine) -> None:
         for complaint in await store.complaints():
             log.warning("store_misconfigured", complaint=complaint)
 
-    await _patiently(complain)
+    await patiently(complain)
     await engine.run()
-
-
-async def _until(stop: asyncio.Event, work: Awaitable[None]) -> None:
-    """Run `work` until `stop` is set, and cancel it then; its own failure is raised."""
-    working = asyncio.ensure_future(work)
-    stopping = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stopping.cancel()
-        working.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await working

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.contract.keys import SHARDS_MAX
 from engine.domain.instants import HOUR_MS
+from engine.domain.withdrawal import WINDOW_MINUTES_MAX
 from engine.store.limits import StoreLimits
 
 PREFIX = "AUCTION_TIMER_"
@@ -75,7 +76,7 @@ class Settings(BaseSettings):
     offer_modification_window_minutes: int = Field(
         30,
         ge=0,
-        le=525_600,
+        le=WINDOW_MINUTES_MAX,
         description="How long after its creation an offer can be cancelled, where its registration does not say, in minutes.",
     )
     troubleshooting_max: int = Field(

@@ -21,11 +21,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_sync import ClockSync
+from engine.lifetime import patiently
 from engine.settings import Settings
 from engine.store.archive import AuditArchive, archive_url
 from engine.store.audit_reader import AuditReader
 from engine.store.link import RedisLink
-from engine.store.protocol import StoreUnavailableError
 from engine.store.redis import RedisStore
 from gateway.admission import Admit
 from gateway.attendance import Attendance
@@ -175,12 +175,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
 async def _running(gateway: Gateway) -> AsyncIterator[None]:
     """Clock first, then the place in the event lane, then the feeds; all of them end together."""
     await gateway.sync.start()
-    while True:
-        try:
-            await gateway.feed.start()
-            break
-        except StoreUnavailableError as error:
-            log.warning("waiting_for_redis", error=str(error))
+    await patiently(gateway.feed.start)
     tasks = [
         asyncio.create_task(work)
         for work in (

@@ -15,8 +15,7 @@ from engine.store.audit_reader import AuditReader
 from engine.store.protocol import StoreError
 from gateway.auth import Scope, party, principal_of
 from gateway.command_routes import CommandRoutes, away, json_response, unknown_auction
-from gateway.commands import RETRY_AFTER_S
-from gateway.problems import Problem, ProblemType
+from gateway.problems import unavailable
 from gateway.queries import integer_of, limit_of
 
 SEQ_MAX: Final = 10**15 - 1
@@ -45,11 +44,7 @@ class AuditRoutes:
         try:
             found = await self.reader.of_auction(shard, auction_id, after, limit + 1)
         except ArchiveUnavailableError:
-            raise Problem(
-                ProblemType.DEPENDENCY_UNAVAILABLE,
-                "the audit archive cannot be read now",
-                headers={"Retry-After": RETRY_AFTER_S},
-            ) from None
+            raise unavailable("the audit archive cannot be read now") from None
         except StoreError:
             raise away() from None
         if not found and not after and await self.auctions.record(auction_id) is None:

@@ -20,10 +20,10 @@ from engine.domain.events import Cancel, InputEvent, Pause, Resume
 from engine.store.protocol import StoreError, ViewStore
 from gateway.auth import Principal, Role, Scope, actor_of, party, principal_of, require
 from gateway.bodies import read_body
-from gateway.commands import COMMAND_ID_PREFIX, RETRY_AFTER_S, Commands, shard_in
+from gateway.commands import COMMAND_ID_PREFIX, Commands, shard_in
 from gateway.events import ActorInput, Reason, trace_id_of
 from gateway.hub import Hub
-from gateway.problems import Problem, ProblemType
+from gateway.problems import RETRY_AFTER_S, Problem, ProblemType, unavailable
 from gateway.room import Room
 
 COMMAND_ID_CHARS_MAX: Final = 1_024
@@ -250,9 +250,7 @@ def unknown_auction(auction_id: str) -> Problem:
 
 def away() -> Problem:
     """503: Redis does not answer, and nothing was done."""
-    return Problem(
-        ProblemType.DEPENDENCY_UNAVAILABLE, "this cannot be read now", headers={"Retry-After": RETRY_AFTER_S}
-    )  # fmt: skip
+    return unavailable("this cannot be read now")
 
 
 def trace_id(request: Request) -> str:

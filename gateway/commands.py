@@ -18,13 +18,12 @@ from engine.contract.cursors import START
 from engine.contract.intake import Actor, CommandType, Context, Discard, EventType, IntakeEvent, Retry
 from engine.domain.events import InputEvent
 from engine.store.protocol import Draft, Intake, IntakeFullError, ReplyEntry, StoreError
-from gateway.problems import Problem, ProblemType
+from gateway.problems import RETRY_AFTER_S, Problem, ProblemType, unavailable
 
 ANSWER_WITHIN_S: Final = 2.0
 """After this the caller is told where to ask again."""
 WAITING_MAX: Final = 10_000
 """Callers that wait for an answer at once."""
-RETRY_AFTER_S: Final = "1"
 COMMAND_ID_PREFIX: Final = "cmd-"
 
 log = structlog.get_logger()
@@ -84,11 +83,9 @@ class Commands:
         except IntakeFullError as error:
             raise Problem(ProblemType.INTAKE_FULL, str(error), headers={"Retry-After": RETRY_AFTER_S}) from None
         except StoreError:
-            raise Problem(
-                ProblemType.DEPENDENCY_UNAVAILABLE,
+            raise unavailable(
                 f"the command may or may not have been taken: ask for /commands/{draft.event_id} before you repeat it",
                 extra={"command_id": draft.event_id},
-                headers={"Retry-After": RETRY_AFTER_S},
             ) from None
 
     def on_replies(self, reply_to: str, entries: Sequence[ReplyEntry]) -> None:

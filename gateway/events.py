@@ -67,6 +67,7 @@ from engine.domain.policy import (
     ExtensionMode,
     Policy,
 )
+from engine.domain.withdrawal import WINDOW_MINUTES_MAX
 from gateway.problems import Problem, ProblemType
 
 BODY_BYTES_MAX: Final = 1_048_576
@@ -74,8 +75,6 @@ EVENTS_MAX: Final = 500
 # Past this many, a further reason for an event that is already listed is only counted. Every bad event keeps its first
 # one, so an answer lists at most EVENTS_MAX of them.
 ERRORS_LISTED_MAX: Final = 100
-# One year. A longer modification window is a typo, and the sum with `offer_created_at` must stay representable.
-MODIFICATION_WINDOW_MINUTES_MAX: Final = 525_600
 ACTOR_TYPE_CHARS_MAX: Final = 64
 ACTOR_ID_CHARS_MAX: Final = 128
 SOURCE_CHARS_MAX: Final = 1024
@@ -269,7 +268,7 @@ class AuctionStarted(AuctionDetail):
     # `fail_fast`: a list of a hundred thousand wrong items is one reason, not a hundred thousand.
     maker_delegate_ids: Annotated[list[Identifier], Field(max_length=DELEGATES_MAX, fail_fast=True)] | None = None
     offer_created_at: Instant | None = None
-    modification_window_minutes: Annotated[int, Field(ge=0, le=MODIFICATION_WINDOW_MINUTES_MAX)] | None = None
+    modification_window_minutes: Annotated[int, Field(ge=0, le=WINDOW_MINUTES_MAX)] | None = None
     amount_minor: Amount | None = None
     currency: Currency | None = None
     auto_reject_threshold_minor: Amount | None = None

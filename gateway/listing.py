@@ -97,10 +97,14 @@ async def list_auctions(
     return found, Place(groups[0], after) if groups else None
 
 
-async def _row(
+async def next_places(
     store: ViewStore, shards: int, group: Group, after: Placed | None, count: int
-) -> list[tuple[TimerRecord | None, Placed]]:
-    """The next `count` auctions of a group over all shards."""
+) -> tuple[list[tuple[Placed, int]], dict[int, list[str]]]:
+    """The next `count` places of a group over all shards, each with its shard; and the names in each shard.
+
+    Raises:
+        StoreUnavailableError: Redis does not answer.
+    """
     pages = await asyncio.gather(*(store.page(shard, group, after, count) for shard in range(shards)))
     merged = sorted(
         ((placed, shard) for shard, page in enumerate(pages) for placed in page),
@@ -110,6 +114,14 @@ async def _row(
     by_shard: dict[int, list[str]] = {}
     for placed, shard in merged:
         by_shard.setdefault(shard, []).append(placed.auction_id)
+    return merged, by_shard
+
+
+async def _row(
+    store: ViewStore, shards: int, group: Group, after: Placed | None, count: int
+) -> list[tuple[TimerRecord | None, Placed]]:
+    """The next `count` auctions of a group over all shards."""
+    merged, by_shard = await next_places(store, shards, group, after, count)
     timers: dict[str, TimerRecord] = {}
     answers = await asyncio.gather(*(store.timers(shard, ids) for shard, ids in by_shard.items()))
     for records in answers:

@@ -22,6 +22,7 @@ from engine.domain.decide import Decision
 from engine.domain.events import Withdraw
 from engine.domain.fold import fold
 from engine.domain.instants import EpochMs
+from engine.domain.lifecycle import Status
 from engine.domain.withdrawal import NOTE_CHARS_MAX, WithdrawalReason, window_ends_at
 from engine.store.protocol import StoreError, ViewStore
 from gateway.auth import Principal, Role, actor_of, party, principal_of
@@ -167,4 +168,4 @@ class OfferRoutes:
 
 def _is_answer(decision: Decision) -> bool:
     """Whether a decision of the fold is about the request: the others are what time did before it."""
-    return decision.refusal is not None or decision.after.status.value == "CANCELLED"
+    return decision.refusal is not None or decision.after.status is Status.CANCELLED

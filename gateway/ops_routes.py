@@ -17,7 +17,7 @@ from gateway.bodies import read_body
 from gateway.command_routes import COMMAND_ID_CHARS_MAX, as_command, away, json_response, pending, refuse, trace_id
 from gateway.commands import Commands
 from gateway.events import ACTOR_ID_CHARS_MAX, NAME_PATTERN, Reason
-from gateway.listing import Place
+from gateway.listing import Place, next_places
 from gateway.problems import Problem, ProblemType
 from gateway.queries import invalid, limit_of
 
@@ -108,15 +108,7 @@ class OpsRoutes:
 
     async def _row(self, after: Placed | None, count: int) -> list[tuple[Placed, dict[str, Any] | None]]:
         """The next `count` commands over all shards; None for one that has left meanwhile."""
-        shards = range(self.shards)
-        pages = await asyncio.gather(*(self.store.page(shard, Group.PARKED, after, count) for shard in shards))
-        merged = sorted(
-            ((placed, shard) for shard, page in enumerate(pages) for placed in page),
-            key=lambda at: (at[0].score, at[0].auction_id),
-        )[:count]
-        by_shard: dict[int, list[str]] = {}
-        for placed, shard in merged:
-            by_shard.setdefault(shard, []).append(placed.auction_id)
+        merged, by_shard = await next_places(self.store, self.shards, Group.PARKED, after, count)
         answers = await asyncio.gather(*(self.store.parked_commands(shard, ids) for shard, ids in by_shard.items()))
         bodies = {
             (shard, command_id): body

@@ -122,3 +122,13 @@ def problem_response(problem: Problem, correlation_id: str) -> Response:
         headers=dict(problem.headers),
         media_type=MEDIA_TYPE,
     )
+
+
+RETRY_AFTER_S: Final = "1"
+"""When it is worth while to try again what could not be done now."""
+
+
+def unavailable(detail: str, *, extra: Mapping[str, Any] = _NOTHING) -> Problem:
+    """503: something this needs does not answer."""
+    headers = {"Retry-After": RETRY_AFTER_S}
+    return Problem(ProblemType.DEPENDENCY_UNAVAILABLE, detail, extra=extra, headers=headers)

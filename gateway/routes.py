@@ -30,12 +30,11 @@ from gateway.hub import Hub
 from gateway.listing import Place, list_auctions
 from gateway.metrics import exposition
 from gateway.openapi import document
-from gateway.problems import Problem, ProblemType
+from gateway.problems import RETRY_AFTER_S, Problem, ProblemType, unavailable
 from gateway.queries import integer_of, invalid, limit_of
 from gateway.readiness import Readiness
 
 VERSION: Final = version("auction-timer")
-RETRY_AFTER_S: Final = "1"
 NEXT_POLL: Final = "Next-Poll-Ms"
 
 
@@ -189,11 +188,6 @@ def next_poll_ms(view: dict[str, Any]) -> int:
     if view["status"] not in {Status.SCHEDULED, Status.ACTIVE, Status.CLOSING}:
         return TICK_INTERVAL_MS_MAX
     return tick_step_ms(view["remaining_ms"], TICK_INTERVAL_MS_MAX)
-
-
-def unavailable(detail: str) -> Problem:
-    """Redis does not answer."""
-    return Problem(ProblemType.DEPENDENCY_UNAVAILABLE, detail, headers={"Retry-After": RETRY_AFTER_S})
 
 
 def _intake_problem(error: BaseException) -> BaseException:

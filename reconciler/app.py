@@ -6,7 +6,6 @@ It compares every live auction with the audit log and asks for repairs (`reconci
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 from uuid import uuid4
@@ -16,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_sync import ClockSync
+from engine.lifetime import patiently, stop_event, until_stopped
 from engine.logs import without_secrets
 from engine.settings import Settings, SettingsError
 from engine.store.archive import ArchiveUnavailableError, ArchiveUrlError, AuditArchive, archive_url
@@ -58,14 +58,11 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     auction_clock = AuctionClock(clock)
     sync = ClockSync(auction_clock, store.time_us)
     reconciler = made(settings, store, archive, auction_clock, metrics)
-    stop = asyncio.Event()
-    running = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        running.add_signal_handler(number, stop.set)
+    stop = stop_event()
     log.info("reconciler_starting", redis=without_secrets(settings.redis_url), archive=archive.shown)
     try:
-        if await _until(stop, lambda: _admitted(store, settings.shards)):
-            await _until(stop, lambda: _together(_loops(archiver, forwarder, sync, reconciler)))
+        if await until_stopped(stop, patiently(lambda: store.deployment(settings.shards))):
+            await until_stopped(stop, _together(_loops(archiver, forwarder, sync, reconciler)))
             await _finish(archiver)
     finally:
         await archive.close()
@@ -114,18 +111,6 @@ def _archive(settings: Settings) -> AuditArchive:
         raise SettingsError([f"AUCTION_TIMER_AUDIT_URL: {error}"]) from error
 
 
-async def _admitted(store: RedisStore, shards: int) -> None:
-    """Wait for Redis, however long, and check that it is of this deployment."""
-    waiting = False
-    while True:
-        try:
-            return await store.deployment(shards)
-        except StoreUnavailableError as error:
-            if not waiting:
-                log.warning("waiting_for_redis", error=str(error))
-            waiting = True
-
-
 async def _together(loops: list[Loop]) -> None:
     async with asyncio.TaskGroup() as tasks:
         for loop in loops:
@@ -138,18 +123,3 @@ async def _finish(archiver: Archiver) -> None:
         async with asyncio.timeout(FINISH_WITHIN_S):
             while await archiver.archive_once():
                 pass
-
-
-async def _until(stop: asyncio.Event, work: Loop) -> bool:
-    """Run `work` until it is done or `stop` is set, which cancels it; whether it was done. Its own failure is raised."""
-    working = asyncio.ensure_future(work())
-    stopping = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        done = working.done()
-    finally:
-        stopping.cancel()
-        working.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await working
-    return done

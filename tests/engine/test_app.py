@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from engine import app as app_module
 from engine import shard as shard_module
-from engine.app import Engine, _until, serve
+from engine.app import Engine, serve
 from engine.clock import SystemClock
 from engine.contract.audit import verify
 from engine.contract.cursors import START
@@ -447,31 +447,6 @@ def test_a_reader_that_waits_for_room_can_be_stopped(turns: int) -> None:
 
 
 # Started and stopped as a process.
-
-
-async def test_work_is_cancelled_by_the_stop() -> None:
-    """The stop cancels, and waits for the work to end."""
-    stop, ended = asyncio.Event(), []
-
-    async def work() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append(True)
-
-    asyncio.get_running_loop().call_soon(stop.set)
-    await asyncio.wait_for(_until(stop, work()), 10)
-    assert ended == [True]
-
-
-async def test_the_failure_of_the_work_is_raised() -> None:
-    """Without waiting for a stop."""
-
-    async def work() -> None:
-        raise DeploymentMismatchError("8 shards")
-
-    with pytest.raises(DeploymentMismatchError):
-        await asyncio.wait_for(_until(asyncio.Event(), work()), 10)
 
 
 @pytest.fixture
