@@ -161,8 +161,8 @@ class Connection(asyncio.Protocol):
 
     # gateway.room.Subscriber.
 
-    def send(self, frame: bytes) -> None:
-        self.transport.write(frame)
+    def send(self, data: bytes) -> None:
+        self.transport.write(data)
 
     def keep_event(self, frame: bytes) -> None:
         if self._tick is not None:  # it would come behind what is newer

@@ -3,18 +3,19 @@
 Writing to a socket costs microseconds, so ten thousand of them cost the better part of a tenth of a second, in which nothing
 else would happen. So writes are done in turns of at most `TURN` per pass of the event loop:
 
-    a frame for a small room, while there is turn left and nothing waits there  ─▶ written at once
-    any other frame ─▶ the room's queue ─▶ rooms take turns, `CHUNK` writes each, in the passes that follow
+    frames ─▶ the rooms' queues ─▶ rooms take turns, `CHUNK` writes each: at once (`write`) while there is turn left,
+                                   then in the passes that follow
 
-Frames of one room stay in their order for every subscriber, whichever way they go. Ticks in a queue conflate: a tick that
-nobody has been sent yet is replaced by the newer one. Events never are; what reads them from Redis waits while too many
-writes are outstanding (`relieved`).
+What a room was sent while nobody there has been written anything of it yet goes out together, in one write to each: a bid is
+told as two events and a tick, and a write costs the same for one frame as for three. Frames of one room stay in their order
+for every subscriber. Of ticks that were not begun the newest stays, if no event came after it: an event tells more. Events
+are never left out; what reads them from Redis waits while too many frames are outstanding (`relieved`).
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.room import Frame, Room, Subscriber
@@ -24,18 +25,25 @@ TURN: Final = 512
 CHUNK: Final = 128
 """Writes of one room before it is another one's turn."""
 OUTSTANDING_MAX: Final = 200_000
-"""Writes that may wait before no more events are taken in: about a second of work."""
+"""Frames times sockets that may wait before no more events are taken in: about a second of work."""
 
 
 @dataclass(slots=True)
 class Job:
-    """A frame on its way to those who were in the room when it came."""
+    """Frames on their way to those who were in the room when they came: events, then perhaps a tick."""
 
-    frame: Frame
-    is_tick: bool
     targets: list[Subscriber]
-    done: Callable[[], None] | None
+    events: list[bytes] = field(default_factory=list)
+    tick: bytes | None = None
+    done: list[Callable[[], None]] = field(default_factory=list)
     at: int = 0
+    whole: bytes = b""
+    """What is written to each, from the first write on."""
+
+    @property
+    def frames(self) -> int:
+        """How many frames each is sent."""
+        return len(self.events) + (self.tick is not None)
 
 
 class Fanout:
@@ -56,31 +64,35 @@ class Fanout:
         self._relieved.set()
 
     def send(self, room: Room, frame: Frame, *, is_tick: bool, done: Callable[[], None] | None = None) -> None:
-        """Send a frame to everyone in a room; `done` is called when the last one has been written."""
-        if room not in self._queues and room.size <= self._left:
-            self._left -= room.size
-            self._pass_soon()
-            room.deliver(frame, is_tick=is_tick)
-            if done is not None:
-                done()
+        """Send a frame to everyone in a room, at the next `write`; `done` is called when the last one has been written."""
+        room.deliver_to_streams(frame, is_tick=is_tick)
+        job = self._open_job(room, [*room.writable, *room.lagging])
+        if job.tick is not None:
+            job.tick = None
+            self._outstanding -= len(job.targets)
+            self._conflated(len(job.targets))
+        if is_tick:
+            job.tick = frame.socket
         else:
-            self._queue(room, Job(frame, is_tick, [*room.writable, *room.lagging], done))
-            room.deliver_to_streams(frame, is_tick=is_tick)
-
-    def _queue(self, room: Room, job: Job) -> None:
-        queue = self._queues.get(room)
-        if queue is None:
-            queue = self._queues[room] = deque()
-            self._turns.append(room)
-        if job.is_tick and queue and queue[-1].is_tick and not queue[-1].at:
-            replaced = queue.pop()
-            self._outstanding -= len(replaced.targets)
-            self._conflated(len(replaced.targets))
-        queue.append(job)
+            job.events.append(frame.socket)
+        if done is not None:
+            job.done.append(done)
         self._outstanding += len(job.targets)
         if self._outstanding > OUTSTANDING_MAX:
             self._relieved.clear()
         self._pass_soon()
+
+    def _open_job(self, room: Room, targets: list[Subscriber]) -> Job:
+        """The last job of a room, if it has not begun and goes to the same subscribers; else a new one."""
+        queue = self._queues.get(room)
+        if queue is None:
+            queue = self._queues[room] = deque()
+            self._turns.append(room)
+        elif not queue[-1].at and queue[-1].targets == targets:
+            return queue[-1]
+        job = Job(targets)
+        queue.append(job)
+        return job
 
     def is_sending(self, room: Room) -> bool:
         """Whether somebody in the room is still to be sent something."""
@@ -96,41 +108,49 @@ class Fanout:
             asyncio.get_running_loop().call_soon(self._pass)
 
     def _pass(self) -> None:
-        """One pass of the event loop: the turn is whole again, and rooms with a queue share it."""
+        """One pass of the event loop: the turn is whole again."""
         self._passing = False
         self._left = TURN
+        self.write()
+        if self._turns:
+            self._pass_soon()
+
+    def write(self) -> None:
+        """Write what there is turn for; rooms with a queue share it."""
         while self._turns and self._left > 0:
             room = self._turns.popleft()
             queue = self._queues[room]
-            written = _advance(room, queue[0], min(CHUNK, self._left))
+            job = queue[0]
+            written = _advance(room, job, min(CHUNK, self._left))
             self._left -= max(1, written)
-            self._outstanding -= written
-            if queue[0].at >= len(queue[0].targets):
-                job = queue.popleft()
-                if job.done is not None:
-                    job.done()
+            self._outstanding -= written * job.frames
+            if job.at >= len(job.targets):
+                queue.popleft()
+                for done in job.done:
+                    done()
             if queue:
                 self._turns.append(room)
             else:
                 del self._queues[room]
         if self._outstanding <= OUTSTANDING_MAX // 2:
             self._relieved.set()
-        if self._turns:
-            self._pass_soon()
 
 
 def _advance(room: Room, job: Job, count: int) -> int:
-    """Write a job's frame to its next `count` targets; how many there were."""
+    """Write a job's frames to its next `count` targets; how many there were."""
+    if not job.at:
+        job.whole = b"".join(job.events if job.tick is None else [*job.events, job.tick])
     targets = job.targets[job.at : job.at + count]
     job.at += len(targets)
-    writable, lagging, data = room.writable, room.lagging, job.frame.socket
+    writable, lagging = room.writable, room.lagging
     for subscriber in targets:
         # Whoever began to lag, or to read again, since the frame came is served as it stands now; whoever left, not at all.
         if subscriber in writable:
-            subscriber.send(data)
-        elif subscriber in lagging:
-            if job.is_tick:
-                subscriber.keep_tick(data)
-            else:
-                subscriber.keep_event(data)
+            subscriber.send(job.whole)
+            continue
+        for event in job.events:
+            if subscriber in lagging:  # what is too much for it sends it away
+                subscriber.keep_event(event)
+        if job.tick is not None and subscriber in lagging:
+            subscriber.keep_tick(job.tick)
     return len(targets)

@@ -179,6 +179,7 @@ class Hub:
                 "timer": as_of(room.timer, now, cursor),
             }
             self.fanout.send(room, Frame(orjson.dumps(body), cursor), is_tick=False)
+            self.fanout.write()
             if room.is_over:
                 self.on_over(room)
 
@@ -198,6 +199,7 @@ class Hub:
             room = self._rooms.get(entry.auction_id.encode())
             if room is not None:
                 self._apply(room, entry)
+        self.fanout.write()
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
@@ -285,26 +287,29 @@ class Hub:
 
     def on_ticks(self, shard: int, payload: bytes) -> None:
         """Take one message of the tick lane: lines that are split and passed on, never parsed."""
-        rooms = self._rooms
+        rooms, sent_at = self._rooms, None
         for line in payload.split(b"\n"):
             auction_id, _, rest = line.partition(b" ")
             if auction_id == b"!":
                 with contextlib.suppress(ValueError):
-                    self._hear(shard, int(rest.rpartition(b" ")[2]))
+                    sent_at = int(rest.rpartition(b" ")[2])
                 continue
             room = rooms.get(auction_id)
             if room is not None and room.is_watched:
                 version, _, payload_of_tick = rest.partition(b" ")
                 if version.isdigit():
                     self.tick(room, int(version), payload_of_tick)
+        self.fanout.write()
+        if sent_at is not None:
+            self._hear(shard, sent_at)
 
     def tick(self, room: Room, version: int, payload: bytes) -> None:
-        """Send a tick to a room, unless the event lane already told something newer."""
+        """Send a tick to a room at the next `fanout.write`, unless the event lane already told something newer."""
         if version >= room.version:
             self.fanout.send(room, Frame(payload), is_tick=True)
 
     def _hear(self, shard: int, sent_at: int) -> None:
         now = self.clock.now_ms()
         self.engine_seen[shard] = now
-        # The heartbeat is the last line of its message: what it took, the ticks before it took as well.
+        # As long as the heartbeat, the ticks of its message have taken.
         self._metrics.delivery_ms[TICK_LANE].observe(max(0, now - sent_at))

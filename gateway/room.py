@@ -63,8 +63,8 @@ class Stream(Protocol):
 class Subscriber(Protocol):
     """A socket, as a room sees it."""
 
-    def send(self, frame: bytes) -> None:
-        """Write a frame; the transport takes it at once."""
+    def send(self, data: bytes) -> None:
+        """Write frames; the transport takes them at once."""
         ...
 
     def keep_event(self, frame: bytes) -> None:
@@ -111,24 +111,6 @@ class Room:
         if timer["version"] >= self.version:
             self.timer = timer
             self.version = timer["version"]
-
-    @property
-    def size(self) -> int:
-        """How many sockets are here."""
-        return len(self.writable) + len(self.lagging)
-
-    def deliver(self, frame: "Frame", *, is_tick: bool) -> None:
-        """Give a frame to everyone, now."""
-        data = frame.socket
-        # The lagging ones first: a write may fill its transport, and who starts to lag by it has the frame already.
-        for subscriber in self.lagging.copy():
-            if is_tick:
-                subscriber.keep_tick(data)
-            else:
-                subscriber.keep_event(data)
-        for subscriber in self.writable.copy():
-            subscriber.send(data)
-        self.deliver_to_streams(frame, is_tick=is_tick)
 
     def deliver_to_streams(self, frame: "Frame", *, is_tick: bool) -> None:
         """Give a frame to those who are no sockets."""

@@ -53,6 +53,7 @@ class StaleTicks:
             if room.timer["status"] in _COUNTING and self._is_due(room, now):
                 self._sent_at[room] = now
                 self._hub.tick(room, room.version, _tick(room, now))
+        self._hub.fanout.write()
 
     def _is_silent(self, room: Room, now: EpochMs) -> bool:
         # An engine that was never heard has been silent for as long as anybody has listened.

@@ -168,12 +168,14 @@ class Listener:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
+        self.writes = 0
         self.kept: list[bytes] = []
         self.ticks: list[bytes] = []
         self.closed: list[CloseCode] = []
 
-    def send(self, frame: bytes) -> None:
-        self.sent.append(frame)
+    def send(self, data: bytes) -> None:
+        self.sent += split(data)
+        self.writes += 1
 
     def keep_event(self, frame: bytes) -> None:
         self.kept.append(frame)
@@ -183,6 +185,18 @@ class Listener:
 
     def close(self, code: CloseCode, reason: str) -> None:
         self.closed.append(code)
+
+
+def split(data: bytes) -> list[bytes]:
+    """The unmasked text frames of one write."""
+    found = []
+    while data:
+        assert data[0] == 0x81
+        long = {126: 2, 127: 8}.get(data[1], 0)
+        end = 2 + long + (int.from_bytes(data[2 : 2 + long]) if long else data[1])
+        found.append(data[:end])
+        data = data[end:]
+    return found
 
 
 def payload(frame: bytes) -> bytes:

@@ -13,14 +13,18 @@ from gateway import fanout as fanout_module
 from gateway.closing import CloseCode
 from gateway.fanout import TURN, Fanout
 from gateway.room import Frame, Room
-from tests.gateway.house import Listener, payload
+from tests.gateway.house import Listener, payload, split
 
 
-def crowd(room: Room, count: int) -> list[Listener]:
+def crowd(room: Room, count: int, *, lagging: bool = False) -> list[Listener]:
     """So many who watch a room from now on."""
     listeners = [Listener() for _ in range(count)]
-    room.writable |= set(listeners)
+    (room.lagging if lagging else room.writable).update(listeners)
     return listeners
+
+
+def framed(payload: bytes) -> bytes:
+    return Frame(payload).socket
 
 
 def got(listeners: list[Listener]) -> int:
@@ -44,16 +48,133 @@ def counting() -> tuple[Fanout, list[int]]:
     return Fanout(conflated.append), conflated
 
 
+def give(room: Room, frame: Frame, *, is_tick: bool) -> None:
+    """Send one frame to a room that is not crowded."""
+    fanout, _ = counting()
+    fanout.send(room, frame, is_tick=is_tick)
+    fanout.write()
+
+
+# Lanes.
+
+
+@pytest.mark.requirement("B3")
+async def test_an_event_goes_to_everyone_in_the_lane_each_can_take() -> None:
+    """Writable subscribers get it at once, lagging ones keep it."""
+    room = Room("a-1", 0)
+    quick, slow = crowd(room, 2), crowd(room, 2, lagging=True)
+    give(room, Frame(b"e"), is_tick=False)
+    assert [listener.sent for listener in quick] == [[framed(b"e")]] * 2
+    assert [listener.kept for listener in slow] == [[framed(b"e")]] * 2
+    assert not any(listener.kept for listener in quick)
+    assert not any(listener.sent for listener in slow)
+
+
+class Stalling(Listener):
+    """A subscriber whose transport asks to pause in the middle of a write, as asyncio's and uvloop's do."""
+
+    def __init__(self, room: Room) -> None:
+        super().__init__()
+        self.room = room
+
+    def send(self, data: bytes) -> None:
+        super().send(data)
+        self.room.writable.discard(self)
+        self.room.lagging.add(self)
+
+
+@pytest.mark.requirement("B3")
+async def test_a_subscriber_that_starts_to_lag_during_a_write_gets_the_event_once() -> None:
+    """The event that fills a transport was taken by it: it is not kept for later as well."""
+    room = Room("a-1", 0)
+    stalling = Stalling(room)
+    room.writable.add(stalling)
+    give(room, Frame(b"e1"), is_tick=False)
+    give(room, Frame(b"e2"), is_tick=False)
+    assert (stalling.sent, stalling.kept) == ([framed(b"e1")], [framed(b"e2")])
+
+
+async def test_a_subscriber_that_starts_to_lag_during_a_write_gets_the_tick_once() -> None:
+    """The same for a tick: its slot stays free for a newer one."""
+    room = Room("a-1", 0)
+    stalling = Stalling(room)
+    room.writable.add(stalling)
+    give(room, Frame(b"t1"), is_tick=True)
+    assert (stalling.sent, stalling.ticks) == ([framed(b"t1")], [])
+
+
+async def test_a_subscriber_may_leave_while_everyone_is_told() -> None:
+    """One that goes away because of the event itself disturbs nobody else."""
+    room = Room("a-1", 0)
+
+    class Leaving(Listener):
+        def send(self, data: bytes) -> None:
+            super().send(data)
+            room.writable.discard(self)
+
+        def keep_event(self, frame: bytes) -> None:
+            super().keep_event(frame)
+            room.lagging.discard(self)
+
+    quick, slow = [Leaving() for _ in range(5)], [Leaving() for _ in range(5)]
+    room.writable |= set(quick)
+    room.lagging |= set(slow)
+    give(room, Frame(b"e"), is_tick=False)
+    assert [listener.sent for listener in quick] == [[framed(b"e")]] * 5
+    assert [listener.kept for listener in slow] == [[framed(b"e")]] * 5
+    assert not room.is_watched
+
+
+async def test_a_frame_is_framed_once_however_many_it_goes_to() -> None:
+    """Ten thousand sockets share the same bytes."""
+    frame = Frame(b"e")
+    assert frame.socket is frame.socket
+    room = Room("a-1", 0)
+    quick, slow = crowd(room, 3), crowd(room, 3, lagging=True)
+    give(room, frame, is_tick=False)
+    assert all(listener.sent[0] is frame.socket for listener in quick)
+    assert all(listener.kept[0] is frame.socket for listener in slow)
+
+
+async def test_frames_that_come_together_go_out_in_one_write() -> None:
+    """A bid is two events and a tick: one write to each socket, and to who lags each frame in its lane."""
+    fanout, conflated = counting()
+    room = Room("a-1", 0)
+    quick, slow = crowd(room, 3), crowd(room, 2, lagging=True)
+    done: list[str] = []
+    fanout.send(room, Frame(b"t1"), is_tick=True)
+    fanout.send(room, Frame(b"e1"), is_tick=False, done=lambda: done.append("e1"))
+    fanout.send(room, Frame(b"e2"), is_tick=False, done=lambda: done.append("e2"))
+    fanout.send(room, Frame(b"t2"), is_tick=True)
+    fanout.write()
+    assert [(one.writes, one.sent) for one in quick] == [(1, [framed(b"e1"), framed(b"e2"), framed(b"t2")])] * 3
+    assert [(one.kept, one.ticks) for one in slow] == [([framed(b"e1"), framed(b"e2")], [framed(b"t2")])] * 2
+    assert (done, conflated) == (["e1", "e2"], [5])
+
+
+async def test_who_came_between_two_frames_is_sent_the_second_only() -> None:
+    """The first is part of the snapshot of whoever joins behind it, though nothing was written yet."""
+    fanout, _ = counting()
+    room = Room("a-1", 0)
+    (was_here,) = crowd(room, 1)
+    fanout.send(room, Frame(b"e1"), is_tick=False)
+    (joins,) = crowd(room, 1)
+    fanout.send(room, Frame(b"e2"), is_tick=False)
+    fanout.write()
+    assert (was_here.sent, joins.sent) == ([framed(b"e1"), framed(b"e2")], [framed(b"e2")])
+
+
 # Turns.
 
 
 @pytest.mark.requirement("B3")
 async def test_a_small_room_is_written_at_once() -> None:
-    """While the turn lasts nothing waits for a pass: a room of fifty has its frame before `send` returns."""
+    """While the turn lasts nothing waits for a pass: a room of fifty has its frame when `write` returns."""
     fanout, _ = counting()
     room = Room("small", 0)
     listeners = crowd(room, 50)
     fanout.send(room, Frame(b"e"), is_tick=False)
+    fanout.write()
     assert got(listeners) == 50
     assert not fanout.is_sending(room)
 
@@ -67,12 +188,14 @@ async def test_one_pass_writes_no_more_than_a_turn_whatever_there_is_to_do() -> 
     for room in rooms:
         fanout.send(room, Frame(b"e"), is_tick=False)
         fanout.send(room, Frame(b"t"), is_tick=True)
-    written = 0
+        fanout.write()
+    written = sum(listener.writes for listener in everyone)
+    assert written == TURN
     while fanout._passing:
         await asyncio.sleep(0)
-        before, written = written, sum(len(listener.sent) for listener in everyone)
+        before, written = written, sum(listener.writes for listener in everyone)
         assert written - before <= TURN
-    assert written == 2 * len(everyone)
+    assert sum(len(listener.sent) for listener in everyone) == 2 * len(everyone)
 
 
 async def test_many_small_rooms_share_one_turn() -> None:
@@ -82,6 +205,7 @@ async def test_many_small_rooms_share_one_turn() -> None:
     everyone = [listener for room in rooms for listener in crowd(room, TURN // 8)]
     for room in rooms:
         fanout.send(room, Frame(b"e"), is_tick=False)
+        fanout.write()
     assert got(everyone) == TURN
     await asyncio.sleep(0)
     assert got(everyone) == 2 * TURN
@@ -97,10 +221,12 @@ async def test_a_small_room_does_not_wait_for_the_whole_of_a_crowded_one() -> No
     many, few = crowd(crowded, 5_000), crowd(small, TURN + 88)
     for number in range(4):
         fanout.send(crowded, Frame(b"c%d" % number), is_tick=False)
+        fanout.write()
+    before = sum(listener.writes for listener in many)
     fanout.send(small, Frame(b"s"), is_tick=False)
     await passes(fanout, lambda: got(few) == len(few))
     # As many chunks, and the rest of the pass in which the last one was written.
-    assert sum(len(listener.sent) for listener in many) <= len(few) + TURN
+    assert sum(listener.writes for listener in many) - before <= len(few) + TURN
     # And one that fits into a turn is written in the next pass, at the latest.
     third = Room("third", 0)
     handful = crowd(third, 10)
@@ -117,6 +243,7 @@ async def test_a_room_that_nobody_is_in_is_done_at_once() -> None:
     room = Room("empty", 0)
     done: list[int] = []
     fanout.send(room, Frame(b"e"), is_tick=False, done=lambda: done.append(1))
+    fanout.write()
     assert (done, fanout.is_sending(room)) == ([1], False)
 
 
@@ -155,7 +282,7 @@ async def test_a_queue_whose_watchers_have_all_gone_comes_to_its_end() -> None:
 
 @pytest.mark.requirement("B3")
 async def test_ticks_in_a_queue_conflate_and_are_counted() -> None:
-    """Of ticks that nobody has been sent yet only the newest stays; one that is half-way is finished; events all stay."""
+    """Of ticks that nobody has been sent yet only the newest stays, behind every event; one that is half-way is finished."""
     fanout, conflated = counting()
     room = Room("crowded", 0)
     listeners = crowd(room, 2 * TURN)
@@ -168,8 +295,8 @@ async def test_ticks_in_a_queue_conflate_and_are_counted() -> None:
     for number in range(6, 8):
         fanout.send(room, Frame(b"t%d" % number), is_tick=True)
     await passes(fanout)
-    assert {tuple(payload(frame) for frame in listener.sent) for listener in listeners} == {(b"t2", b"t5", b"e", b"t7")}
-    assert conflated == [2 * TURN] * 5
+    assert {tuple(payload(frame) for frame in listener.sent) for listener in listeners} == {(b"t2", b"e", b"t7")}
+    assert conflated == [2 * TURN] * 6
     assert fanout._outstanding == 0
 
 
@@ -215,13 +342,14 @@ async def test_who_reads_events_waits_while_too_many_writes_are_outstanding(monk
     """Above the bound `relieved` blocks; it frees when half of it is written, and not before."""
     monkeypatch.setattr(fanout_module, "OUTSTANDING_MAX", 4 * TURN)
     fanout, _ = counting()
-    room = Room("crowded", 0)
-    crowd(room, 2 * TURN)
-    for number in range(2):
-        fanout.send(room, Frame(b"e%d" % number), is_tick=False)
+    rooms = [Room(f"r-{number}", 0) for number in range(3)]
+    for room in rooms:
+        crowd(room, 2 * TURN)
+    for room in rooms[:2]:
+        fanout.send(room, Frame(b"e"), is_tick=False)
     async with asyncio.timeout(1):
         await fanout.relieved()  # the bound itself is within it
-    fanout.send(room, Frame(b"e3"), is_tick=False)
+    fanout.send(rooms[2], Frame(b"e"), is_tick=False)
     waiting = asyncio.ensure_future(fanout.relieved())
     while fanout._outstanding > 2 * TURN:
         assert not waiting.done()
@@ -266,10 +394,10 @@ class Watcher:
         self.here = True
         self.room.writable.add(self)
 
-    def send(self, frame: bytes) -> None:
+    def send(self, data: bytes) -> None:
         assert self in self.room.writable
         assert not self.outbox, "it would overtake what is kept"
-        self.read.append(payload(frame))
+        self.read += [payload(frame) for frame in split(data)]
         self.stalls_after -= 1
         if self.stalls_after == 0:
             self.stall()
@@ -364,6 +492,7 @@ STEPS = st.lists(
         st.tuples(st.just("stall"), SOMEBODY),
         st.tuples(st.just("resume"), SOMEBODY),
         st.tuples(st.just("leave"), SOMEBODY),
+        st.tuples(st.just("write"), SOMEBODY),
         st.tuples(st.just("pass"), st.integers(1, 4)),
     ),
     max_size=60,
@@ -389,6 +518,8 @@ def test_whatever_subscribers_do_each_gets_every_event_once_and_in_order(
         for name, number in steps:
             if name in ("event", "tick", "join"):
                 getattr(world, name)(number)
+            elif name == "write":
+                world.fanout.write()
             elif name == "pass":
                 for _ in range(number):
                     await asyncio.sleep(0)

@@ -757,7 +757,8 @@ async def test_a_tick_is_passed_on_byte_for_byte() -> None:
     listener = joined(await room_in(house))
     line = tick_line(record(version=2), EpochMs(BORN_MS + 1))
     strange = b"%s 2  {no json,  \xff  two  spaces } " % AUCTION.encode()
-    house.hub.on_ticks(0, line + b"\n" + strange)
+    house.hub.on_ticks(0, line)
+    house.hub.on_ticks(0, strange)
     assert [payload(frame) for frame in listener.sent] == [
         line.partition(b" 2 ")[2],
         b" {no json,  \xff  two  spaces } ",
@@ -787,7 +788,8 @@ async def test_a_line_that_is_no_tick_is_passed_over(line: bytes) -> None:
     house.put(record(version=1))
     listener = joined(await room_in(house))
     good = tick_line(record(version=1), EpochMs(BORN_MS))
-    house.hub.on_ticks(0, good + b"\n" + line + b"\n" + good)
+    house.hub.on_ticks(0, good + b"\n" + line)
+    house.hub.on_ticks(0, line + b"\n" + good)
     assert len(listener.sent) == 2
     assert 0 not in house.hub.engine_seen
 
