@@ -259,6 +259,11 @@ class Fold:
 def convergence(evidence: Evidence) -> list[str]:
     """Every client ends with the store's state, and has every event once, or was told that there was a break (B4)."""
     found = []
+    # Each lane that there was, the one of the end last.
+    histories = {
+        shard: [_by_auction(lane) for lane in (*history.lanes, evidence.store.shards[shard].updates)]
+        for shard, history in evidence.witness.shards.items()
+    }
     for number, client in enumerate(evidence.clients):
         shard = shard_of(client.auction_id, len(evidence.witness.shards))
         memory = evidence.store.shards[shard]
@@ -269,8 +274,7 @@ def convergence(evidence: Evidence) -> list[str]:
         stands = (fields["status"], fields["version"], fields["ends_at"])
         if shown != stands:
             found.append(f"client {number} of {client.auction_id} was shown {shown}, the store has {stands}")
-        # Each lane that there was, the one of the end last.
-        lanes = [_orders(lane, client.auction_id) for lane in (*evidence.witness.shards[shard].lanes, memory.updates)]
+        lanes = [lane.get(client.auction_id, []) for lane in histories[shard]]
         found += [
             f"client {number} of {client.auction_id} was not told of a break behind {stretch.since}"
             for stretch in client.stretches
@@ -283,10 +287,13 @@ def convergence(evidence: Evidence) -> list[str]:
     return found
 
 
-def _orders(lane: list[UpdateEntry], auction_id: str) -> list[tuple[int, int]]:
-    return [
-        stream_order(update.stream_id) for update in lane if update.auction_id == auction_id and is_frame(update.type)
-    ]
+def _by_auction(lane: list[UpdateEntry]) -> dict[str, list[tuple[int, int]]]:
+    """The places of each auction's frames in a lane, in order."""
+    places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for update in lane:
+        if is_frame(update.type):
+            places[update.auction_id].append(stream_order(update.stream_id))
+    return places
 
 
 def _is_whole(stretch: Stretch, lane: list[tuple[int, int]], *, to_the_end: bool = False) -> bool:

@@ -30,8 +30,11 @@ class Stretch:
 class Client:
     """Implements `gateway.room.Stream`: remembers every event, and when it was told that there was a break."""
 
-    def __init__(self, auction_id: str, gateways: list[GatewayProcess], random: Random, stays_s: float) -> None:
+    def __init__(
+        self, auction_id: str, gateways: list[GatewayProcess], random: Random, comes_s: float, stays_s: float
+    ) -> None:
         self.auction_id = auction_id
+        self._comes_s = comes_s
         self._gateways = gateways
         self._random = random
         self._stays_s = stays_s
@@ -51,6 +54,7 @@ class Client:
 
     async def watch(self) -> None:
         """Until cancelled."""
+        await asyncio.sleep(self._comes_s)
         while True:
             gateway = self._random.choice(self._gateways)
             hub = gateway.hub

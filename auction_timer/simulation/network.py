@@ -127,7 +127,8 @@ class Network:
         if fate.request_lost or fate.answer_lost or fate.out_ms + fate.back_ms > PATIENCE_MS:
             self._fail_in(PATIENCE_MS, future)
         try:
-            return cast(T, await future)
+            answer: T = await future
+            return answer
         finally:
             self._waiting.pop(future, None)
 
@@ -159,7 +160,8 @@ class Network:
         if fate.request_lost or fate.answer_lost:
             self._fail_in(block_ms + PATIENCE_MS, future)
         try:
-            return cast(T, await future)
+            answer: T = await future
+            return answer
         finally:
             self._waiting.pop(future, None)
 
@@ -232,7 +234,8 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
     try:
         work.send(None)
     except StopIteration as done:
-        return cast(T, done.value)
+        answer: T = done.value
+        return answer
     work.close()
     raise AssertionError("it waits: only calls that answer at once can be atomic")
 

@@ -17,7 +17,7 @@ from auction_timer.simulation.clients import Client
 from auction_timer.simulation.faults import NO_TROUBLE, SMALL_TROUBLE, WEEK_TROUBLE, Faults, Trouble, Weather
 from auction_timer.simulation.network import Network
 from auction_timer.simulation.processes import EngineProcess, GatewayProcess
-from auction_timer.simulation.timeline import Authority, Timeline
+from auction_timer.simulation.timeline import BORN_MS, Authority, Timeline
 from auction_timer.simulation.witness import Witness
 from auction_timer.simulation.workload import SMALL, WEEK, Scale, Workload
 from engine.domain.instants import HOUR_MS, SECOND_MS
@@ -85,8 +85,8 @@ def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> 
         scale=WEEK,
         trouble=trouble,
         pace=pace,
-        lease_ms=60_000,
-        heartbeat_ms=20_000,
+        lease_ms=90_000,
+        heartbeat_ms=30_000,
         clients=auctions,
         client_stays_s=6 * 3_600.0,
         idle_ms=60_000,
@@ -191,12 +191,14 @@ class _Simulation:
         )
         self._clients = [
             Client(
-                self._workload.auction_ids[n % plan.auctions],
+                auction_id,
                 self._gateways,
                 self._random(f"client {n}"),
+                (comes_at - BORN_MS) / 1_000,
                 plan.client_stays_s,
             )
             for n in range(plan.clients)
+            for auction_id, comes_at in [self._workload.watched(n)]
         ]
 
     def _random(self, what: str) -> Random:

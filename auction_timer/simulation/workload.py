@@ -87,7 +87,6 @@ class Workload:
         gateways: list[GatewayProcess],
         shards: int,
     ) -> None:
-        self._seed = seed
         self._span_ms = span_ms
         self._scale = scale
         self._line = line
@@ -97,17 +96,25 @@ class Workload:
         self._random = Random(f"{seed} producers")  # noqa: S311 - a sequence that a seed repeats
         self._sending: set[asyncio.Task[None]] = set()
         self._commands = 0
-        self.auction_ids = [f"auction-{number}" for number in range(auctions)]
+        self._lives = [
+            Life(self, name, Random(f"{seed} {name}"))  # noqa: S311 - a sequence that a seed repeats
+            for name in (f"auction-{number}" for number in range(auctions))
+        ]
         self.unanswered = 0
         """Events that nobody has answered, however often they were sent."""
 
     async def run(self) -> None:
         """Until every auction has had its life, and the last event was sent."""
         async with asyncio.TaskGroup() as tasks:
-            for auction_id in self.auction_ids:
-                tasks.create_task(Life(self, auction_id, Random(f"{self._seed} {auction_id}")).live())  # noqa: S311
+            for life in self._lives:
+                tasks.create_task(life.live())
         while self._sending:
             await asyncio.wait(self._sending)
+
+    def watched(self, number: int) -> tuple[str, EpochMs]:
+        """An auction to be watched, and from when on: nobody asks for one days before it is announced."""
+        life = self._lives[number % len(self._lives)]
+        return life.auction_id, life.known_from
 
     # What a life needs.
 
@@ -162,13 +169,15 @@ class Life:
         self._workload = workload
         self._random = random
         self._serial = 0
-        self._id = auction_id
+        self.auction_id = auction_id
         self._offer_id = f"offer-of-{auction_id}" if random.random() < 0.7 else None
         scale = workload.scale
         low, high = sorted(random.choices(range(len(scale.lengths_ms)), k=2))
         length_ms = min(random.randint(scale.lengths_ms[low], scale.lengths_ms[high]), workload.span_ms)
         starts_in_ms = random.randint(scale.lead_ms, max(scale.lead_ms, workload.span_ms - length_ms))
         self._starts_at = EpochMs(BORN_MS + starts_in_ms // scale.grid_ms * scale.grid_ms)
+        self.known_from = EpochMs(self._starts_at - scale.lead_ms)
+        """Before this it is announced to nobody."""
         self._ends_at = EpochMs(self._starts_at + max(1, length_ms // scale.grid_ms) * scale.grid_ms)
         self._policy = Policy(
             soft_close_window_ms=random.choice(scale.windows_ms),
@@ -223,7 +232,7 @@ class Life:
         """Bids around the end that stands; if it moves, around the next one."""
         random = self._random
         for _ in range(random.randrange(self._workload.scale.storms_max + 1)):
-            standing = self._workload.standing(self._id)
+            standing = self._workload.standing(self.auction_id)
             if standing is None or standing[0] not in ("SCHEDULED", "ACTIVE", "CLOSING"):
                 return
             ends_at = standing[1]
@@ -237,7 +246,7 @@ class Life:
 
     def _draft(self, event_type: EventType | CommandType, event: InputEvent, auction_id: str | None) -> Draft:
         self._serial += 1
-        event_id = f"{self._id}-{self._serial}-{event.trigger}"
+        event_id = f"{self.auction_id}-{self._serial}-{event.trigger}"
         reply_to = "desk" if self._random.random() < 0.1 else None
         context = Context(
             event_id, event_type.value, f"trace-{event_id}", f"req-{event_id}", Actor("service", "simulation"), reply_to
@@ -246,22 +255,26 @@ class Life:
         return Draft(event_id, encode(IntakeEvent(context, event, auction_id, offer_id)))
 
     def _send(self, event_type: EventType | CommandType, event: InputEvent) -> None:
-        draft = self._draft(event_type, event, self._id)
-        self._workload.send(self._id, draft)
+        draft = self._draft(event_type, event, self.auction_id)
+        self._workload.send(self.auction_id, draft)
         while self._random.random() < 0.08:
-            self._later(lambda: self._workload.send(self._id, draft))
+            self._later(lambda: self._workload.send(self.auction_id, draft))
 
     def _later(self, what: Callable[[], Any]) -> None:
         asyncio.get_running_loop().call_later(self._random.expovariate(3_000 / self._workload.scale.lead_ms), what)
 
     def _announce(self, terms: str = "") -> None:
         policy = Policy(extension_ms=7) if terms else self._policy
-        registration = Registration(self._id, self._starts_at, self._ends_at, policy, Offer(offer_id=self._offer_id))
+        registration = Registration(
+            self.auction_id, self._starts_at, self._ends_at, policy, Offer(offer_id=self._offer_id)
+        )
         self._send(EventType.AUCTION_STARTED, Register(registration))
 
     def _bid(self) -> None:
         self._serial += 1
-        bid = Bid(f"{self._id}-bid-{self._serial}", 12_500, "EUR", "bidder", leader_changed=self._random.random() < 0.8)
+        bid = Bid(
+            f"{self.auction_id}-bid-{self._serial}", 12_500, "EUR", "bidder", leader_changed=self._random.random() < 0.8
+        )
         self._send(EventType.BID_ACCEPTED, bid)
 
     def _out_of_order(self) -> None:
@@ -295,4 +308,4 @@ class Life:
 
     def _poison(self) -> None:
         self._serial += 1
-        self._workload.send(self._id, Draft(f"{self._id}-poison-{self._serial}", b"{not json"))
+        self._workload.send(self.auction_id, Draft(f"{self.auction_id}-poison-{self._serial}", b"{not json"))

@@ -227,6 +227,7 @@ def as_of(view: dict[str, Any], server_time: EpochMs, cursor: str | None, *, sta
 def tick_line(record: TimerRecord, server_time: EpochMs) -> bytes:
     """One line of the tick lane: `<auction_id> <version> <frame>`; a gateway splits it and never parses the frame."""
     auction = record.auction
+    left_ms = auction.extension_left_ms
     frame = orjson.dumps(
         {
             "type": "timer.tick",
@@ -241,8 +242,8 @@ def tick_line(record: TimerRecord, server_time: EpochMs) -> bytes:
             "final_deadline": auction.final_deadline,
             "extension_count": auction.extension_count,
             "extension_used_ms": auction.extension_used_ms,
-            "extension_left_ms": auction.extension_left_ms,
-            "at_cap": auction.at_cap,
+            "extension_left_ms": left_ms,
+            "at_cap": left_ms == 0,
         }
     )
     return b"%b %d %b" % (auction.auction_id.encode(), auction.version, frame)

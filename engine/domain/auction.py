@@ -116,16 +116,16 @@ class Auction:
     @property
     def final_deadline(self) -> EpochMs:
         """The last possible end that bids can still bring about, under every cap at once (requirement B6)."""
-        if self._extensions_left is None:
+        left = self._extensions_left
+        if left is None:
             return self.cap_ends_at
-        by_count = self.ends_at + self._extensions_left * self.policy.extension_ms
+        by_count = self.ends_at + left * self.policy.extension_ms
         return EpochMs(min(self.cap_ends_at, by_count))
 
     @property
     def _extensions_left(self) -> int | None:
-        if self.policy.max_extensions is None:
-            return None
-        return max(0, self.policy.max_extensions - self.extension_count)
+        most = self.policy.max_extensions
+        return None if most is None else max(0, most - self.extension_count)
 
     @property
     def paused_remaining_ms(self) -> int | None:
