@@ -5,7 +5,7 @@ injected into the other.
 """
 
 import asyncio
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -406,7 +406,9 @@ class MemoryStore:
         pass
 
     async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
-        return entry in self.shards[shard].updates
+        updates = self.shards[shard].updates
+        at = bisect_left(updates, stream_order(entry.stream_id), key=lambda update: stream_order(update.stream_id))
+        return updates[at : at + 1] == [entry]
 
     async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
         return self.shards[shard].updates[-count:]
@@ -453,7 +455,10 @@ E = TypeVar("E", Entry, UpdateEntry, ReplyEntry)
 
 
 def _behind(entries: list[E], since: str, count: int) -> list[E]:
-    start = bisect_right(entries, stream_order(since), key=lambda entry: stream_order(entry.stream_id))
+    place = stream_order(since)
+    if not entries or stream_order(entries[-1].stream_id) <= place:
+        return []  # what a reader who waits finds nearly every time
+    start = bisect_right(entries, place, key=lambda entry: stream_order(entry.stream_id))
     return entries[start : start + count]
 
 
