@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from benchmarks import closing, fanout, fanout_delivery, fanout_storm, intake, reconcile, recovery
+from benchmarks import closing, engines, fanout, fanout_delivery, fanout_storm, intake, reconcile, recovery
 from benchmarks.harness import run
 
 SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any], dict[str, Any]]] = {
     "closing": (closing.measure, {"auctions": 100}, {"auctions": 10}),
+    "engines": (engines.measure, {"seconds": 120.0, "auctions": 200}, {"seconds": 4.0, "auctions": 12}),
     "fanout": (
         fanout.measure,
         {"sizes": [1_000, 10_000], "rounds": 9, "deliveries": 100_000},
