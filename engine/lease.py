@@ -110,7 +110,9 @@ class LeaseKeeper:
     async def _give_back(self, share: int) -> None:
         """Let go of what is over our share: somebody else is there for it."""
         for shard in sorted(self.epochs)[share:]:
-            epoch = self.epochs.pop(shard)
+            epoch = self.epochs.pop(shard, None)
+            if epoch is None:
+                continue  # found fenced, and dropped, while we waited for the store
             log.info("shard_given_back", shard=shard, share=share)
             await self._lost(shard)
             await self._store.release(shard, self._holder, epoch)

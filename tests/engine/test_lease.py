@@ -433,6 +433,29 @@ def test_an_engine_that_is_not_fit_gives_everything_away_and_comes_back_when_it_
     fleet.play(scenario)
 
 
+def test_a_shard_that_is_found_fenced_while_others_are_given_back_is_only_dropped() -> None:
+    """One that slept gives shards back to those who have come, and meanwhile its commits find the rest taken: no error."""
+    fleet = Fleet()
+
+    async def scenario() -> None:
+        a, b = fleet.member("a"), fleet.member("b", seed=1)
+        said_lost = a._lost
+
+        async def lost(shard: int) -> None:
+            await said_lost(shard)
+            if shard == 4:
+                await a.drop(6)
+
+        a._lost = lost
+        tasks = [asyncio.create_task(a.run()), asyncio.create_task(b.run())]
+        await passes(LEASE_MS + 3 * BEAT_MS)
+        assert held(a, b) == [4, 4]
+        for task in tasks:
+            await stop(task)
+
+    fleet.play(scenario)
+
+
 def test_a_member_that_is_long_gone_is_taken_off_the_list() -> None:
     """Names of engines that died do not pile up."""
     fleet = Fleet()
