@@ -11,6 +11,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from engine.clock import AuctionClock, Clock, SystemClock
+from engine.clock_board import ClockBoard
 from engine.clock_sync import ClockSync
 from engine.domain.instants import EpochMs
 from engine.lease import LeaseKeeper
@@ -45,6 +46,7 @@ class Engine:
         metrics: EngineMetrics,
         retries: Callable[[], int],
         pace: Pace = REALTIME,
+        board: ClockBoard | None = None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -55,7 +57,14 @@ class Engine:
         self._room = asyncio.Event()
         self.shards: dict[int, Shard] = {}
         self.clock = AuctionClock(clock)
-        self.sync = ClockSync(self.clock, store.time_us, every_s=pace.sample_every_s)
+        self.sync = ClockSync(
+            self.clock,
+            store.time_us,
+            every_s=pace.sample_every_s,
+            board=board,
+            is_free=lambda: not self.leases.epochs,
+            judged=metrics.clock.count,
+        )
         self.scheduler = Scheduler(
             self.clock,
             store,
@@ -75,6 +84,7 @@ class Engine:
             gained=self._gain,
             lost=self._lose,
             members=store,
+            fit=lambda: self.sync.in_step,
         )
 
     async def run(self) -> None:
@@ -205,7 +215,8 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     clock = SystemClock()
     link = RedisLink(settings.redis_url, clock, durability=settings.durability)
     store = RedisStore(link, clock, settings.store_limits())
-    engine = Engine(store, clock, settings, EngineMetrics(registry), lambda: link.retries)
+    board = ClockBoard(store, clock, "engine", settings.instance)
+    engine = Engine(store, clock, settings, EngineMetrics(registry), lambda: link.retries, board=board)
     stop = stop_event()
     log.info(
         "engine_starting",

@@ -12,8 +12,9 @@ middle is wrong by at most (r - s) / 2. So the sample with the shortest round tr
 worth less, because the two oscillators drift apart. The offset moves towards the best sample by at most 0.5 ms per second:
 no viewer ever sees a countdown jump, and the estimate never runs backwards.
 
-A sample further than 250 ms from the estimate is no drift but a step, of the authority or of somebody's wall clock. It is
-not followed: the process coasts on its monotonic clock and says so (`steps_refused`).
+A sample further than 250 ms from the estimate is no drift but a step. It is not followed: the process coasts on its
+monotonic clock and says so (`steps_refused`). Whose step it was is for `engine.clock_sync` to judge, with the wall clock
+as the third witness; only if it is the monotonic clock that is wrong does the estimate jump (`adopt`).
 
 Worked example: asked at 10.000 s, answered at 10.004 s, with T = 1,700,000,000.000 s. The middle is 10.002 s, so the
 offset is 1,699,999,989.998 s, give or take 2 ms.
@@ -24,6 +25,7 @@ import time
 from collections import deque
 from typing import Final, NewType, Protocol
 
+from engine.contract.clock_vote import STEP_US
 from engine.domain.instants import EpochMs
 
 MonotonicNs = NewType("MonotonicNs", int)
@@ -34,9 +36,6 @@ SLEW_PPM: Final = 500
 
 DRIFT_PPM: Final = 100
 """How fast two oscillators may drift apart: twice what a bad quartz does, used to age samples."""
-
-STEP_US: Final = 250_000
-"""Above this a difference is a step, not drift: the drift bound of requirement R12."""
 
 SAMPLES_MAX: Final = 16
 """Samples kept. At one a second the best of the last 16 s counts."""
@@ -99,7 +98,8 @@ class _Sample:
 class AuctionClock:
     """This process's estimate of the auction clock.
 
-    Feed it with `observe`; read it with `now_ms`. Reading is monotone: a later call never returns less.
+    Feed it with `observe`; read it with `now_ms`. Reading is monotone: a later call never returns less, unless the estimate
+    was found to be wrong and given up (`adopt`).
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -123,19 +123,24 @@ class AuctionClock:
         Returns:
             False if it was refused as a step.
         """
-        half_rtt_us = (received - sent) // 2_000
-        at_us = received // 1_000
-        sample = _Sample(at_us, authority_us - (sent // 1_000 + half_rtt_us), half_rtt_us)
+        sample = _taken(sent, received, authority_us)
+        at_us = sample.at_us
         if not self._synced:
             self._synced = True
             self._from_us, self._from_at_us, self._goal_us = sample.offset_us, at_us, sample.offset_us
-        elif abs(sample.offset_us - self._offset_us(at_us)) > STEP_US + half_rtt_us + self._least_half_rtt_us():
+        elif abs(sample.offset_us - self._offset_us(at_us)) > STEP_US + self.slack_us(sample.half_rtt_us):
             self.steps_refused += 1
             return False
         self._samples.append(sample)
         best = min(self._samples, key=lambda kept: kept.uncertainty_us(at_us))
         self._from_us, self._from_at_us, self._goal_us = self._offset_us(at_us), at_us, best.offset_us
         return True
+
+    def adopt(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> None:
+        """Give the estimate up for this sample, at once. Only while nobody is promised anything by it."""
+        self._samples.clear()
+        self._synced = False
+        self.observe(sent, received, authority_us)
 
     def settle(self) -> None:
         """Adopt the best sample at once, without slewing. Only for the start, before anyone read the clock."""
@@ -172,11 +177,17 @@ class AuctionClock:
         now_us = self.clock.monotonic_ns() // 1_000
         return min((sample.uncertainty_us(now_us) for sample in self._samples), default=0)
 
-    def _least_half_rtt_us(self) -> int:
+    def slack_us(self, half_rtt_us: int) -> int:
+        """By how much a sample may be off, beside drift and steps, because it and the estimate's own were on their way."""
         # The estimate itself may be wrong by so much: a slow first sample must not make a step of every good one.
-        return min(kept.half_rtt_us for kept in self._samples)
+        return half_rtt_us + min((kept.half_rtt_us for kept in self._samples), default=0)
 
     def _offset_us(self, mono_us: int) -> int:
         reach_us = (mono_us - self._from_at_us) * SLEW_PPM // 1_000_000
         missing_us = self._goal_us - self._from_us
         return self._from_us + max(-reach_us, min(reach_us, missing_us))
+
+
+def _taken(sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> _Sample:
+    half_rtt_us = (received - sent) // 2_000
+    return _Sample(received // 1_000, authority_us - (sent // 1_000 + half_rtt_us), half_rtt_us)

@@ -1,4 +1,15 @@
-"""Keeps an `AuctionClock` in step with its authority: a burst of samples at the start, then one a second."""
+"""Keeps an `AuctionClock` in step with its authority: a burst of samples at the start, then one a second.
+
+Each sample is also a look at the three witnesses (`engine.contract.clock_vote`). What two looks in a row say is said
+aloud: in the log once for each change, in the metrics, and to the other processes (`engine.clock_board`).
+
+    authority odd     the sample is refused, the clock coasts; the reconciler corrects the authority
+    wall odd          nothing follows; after a minute the wall clock is followed again from where it then is
+    monotonic odd     this process is wrong: it gives away what it holds, and takes up the authority again
+
+The wall clock is a witness of *steps*. Its distance from the auction clock is remembered while all three agree, so a
+host whose date is wrong by two seconds, but steadily, can still tell that the authority stepped.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,19 +18,85 @@ from typing import Final
 import structlog
 from redis.exceptions import RedisError
 
-from engine.clock import STEP_US, AuctionClock
+from engine.clock import AuctionClock, MonotonicNs
+from engine.clock_board import ClockBoard
+from engine.contract.clock_vote import STEP_US, ClockReport, Verdict, vote
 from engine.pace import REALTIME
 from engine.store.protocol import StoreError
 
 BURST: Final = 8
 """Samples at the start: enough that one of them met an idle server."""
 RETRY_S: Final = 0.25
+WALL_RETURNS_NS: Final = 60_000_000_000
+"""A wall clock that stays odd for a minute was set on purpose: from then on it is a witness again, as it stands."""
+OUTVOTED_AFTER_NS: Final = 4_000_000_000
+"""Four looks of the others: a step of the authority they would have noticed by then as well."""
+OTHERS_MIN: Final = 2
+"""So many others at least, to be believed more than two witnesses of our own."""
 
 log = structlog.get_logger()
 
 
+class Witnesses:
+    """The wall clock and the monotonic extrapolation of this process, beside each sample of the authority."""
+
+    def __init__(self, clock: AuctionClock) -> None:
+        self._clock = clock
+        self._wall_ahead_us: int | None = None
+        """How far the auction clock was ahead of the wall clock when all three last agreed."""
+        self._wall_odd_since: MonotonicNs | None = None
+        self._last = Verdict.NONE
+        self.said = Verdict.NONE
+        """What the last two looks that agreed have said."""
+
+    def vote(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> Verdict:
+        """What the witnesses say of an authority that read `authority_us` between `sent` and `received`."""
+        authority_us, wall_us, monotonic_us = self._now(sent, received, authority_us)
+        slack_us = self._clock.slack_us((received - sent) // 2_000)
+        return vote(authority_us, wall_us, monotonic_us, slack_us=slack_us)
+
+    def look(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> None:
+        """Take one look, before the sample is observed."""
+        verdict = self.vote(sent, received, authority_us)
+        self._follow_wall(verdict, received)
+        if verdict is self._last:
+            self.said = verdict
+        self._last = verdict
+
+    def forgive(self) -> None:
+        """The estimate was given up for the authority: what was said is over."""
+        self._last = self.said = Verdict.NONE
+
+    def _now(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> tuple[int, int, int]:
+        """The three clocks in one instant, in microseconds."""
+        machine = self._clock.clock
+        monotonic_us, wall_us, now = self._clock.now_us(), machine.wall_ms() * 1_000, machine.monotonic_ns()
+        if self._wall_ahead_us is None:
+            self._wall_ahead_us = monotonic_us - wall_us
+        return authority_us + (now - (sent + received) // 2) // 1_000, wall_us + self._wall_ahead_us, monotonic_us
+
+    def _follow_wall(self, verdict: Verdict, now: MonotonicNs) -> None:
+        if verdict in (Verdict.WALL, Verdict.NO_MAJORITY):
+            self._wall_odd_since = now if self._wall_odd_since is None else self._wall_odd_since
+            if now - self._wall_odd_since < WALL_RETURNS_NS:
+                return
+        self._wall_odd_since = None
+        if verdict in (Verdict.NONE, Verdict.WALL, Verdict.NO_MAJORITY):
+            self._wall_ahead_us = self.wall_ahead_us()
+
+    def wall_ahead_us(self) -> int:
+        """How far the auction clock is ahead of this machine's date, in microseconds."""
+        return self._clock.now_us() - self._clock.clock.wall_ms() * 1_000
+
+
 class ClockSync:
-    """Samples `authority_us` (Redis `TIME`) and feeds the clock."""
+    """Samples `authority_us` (Redis `TIME` and the sequenced offset) and feeds the clock.
+
+    Args:
+        board: where what the clock shows is stated and what others state is read; None: nowhere.
+        is_free: whether this process holds nothing that its clock decides on, so that the clock may jump.
+        judged: gets the verdict of every look.
+    """
 
     def __init__(
         self,
@@ -27,10 +104,26 @@ class ClockSync:
         authority_us: Callable[[], Awaitable[int]],
         *,
         every_s: float = REALTIME.sample_every_s,
+        board: ClockBoard | None = None,
+        is_free: Callable[[], bool] = lambda: True,
+        judged: Callable[[Verdict], None] = lambda _verdict: None,
     ) -> None:
+        self.witnesses = Witnesses(clock)
+        self.in_step = True
+        """False while it is this process's own clock that is wrong."""
         self._clock = clock
         self._authority_us = authority_us
         self._every_s = every_s
+        self._board = board
+        self._is_free = is_free
+        self._judged = judged
+        self._logged = Verdict.NONE
+        self._coasting_since: MonotonicNs | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The witness that is odd, as of the last looks."""
+        return self.witnesses.said
 
     async def sample(self) -> bool:
         """Take one sample; False if the authority did not answer or its answer was refused as a step."""
@@ -41,7 +134,23 @@ class ClockSync:
         except (RedisError, StoreError, OSError) as error:
             log.warning("clock_sample_failed", error=str(error))
             return False
-        return self._clock.observe(sent, clock.monotonic_ns(), authority_us)
+        received = clock.monotonic_ns()
+        if self._clock.synced:
+            self.witnesses.look(sent, received, authority_us)
+            self._judged(self.verdict)
+            if self.verdict is Verdict.MONOTONIC:
+                self.in_step = False
+            if not self.in_step and self._is_free():
+                self._step_in(sent, received, authority_us)
+                return True
+        return self._clock.observe(sent, received, authority_us)
+
+    def _step_in(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> None:
+        before_us = self._clock.now_us()
+        self._clock.adopt(sent, received, authority_us)
+        self.witnesses.forgive()
+        self.in_step = True
+        log.warning("clock_adopted", moved_ms=(self._clock.now_us() - before_us) // 1_000)
 
     async def start(self) -> None:
         """Return once the clock is in step. Waits for an authority that is away."""
@@ -52,18 +161,58 @@ class ClockSync:
                 self._clock.settle()  # each time: good samples must not be steps because the first one was slow
             else:
                 await asyncio.sleep(RETRY_S)
-        wall_us = self._clock.clock.wall_ms() * 1_000
-        apart_us = self._clock.now_us() - wall_us
+        apart_us = self.witnesses.wall_ahead_us()
         if abs(apart_us) > STEP_US:
             log.warning("wall_clock_differs", by_ms=apart_us // 1_000, advice="check time synchronisation of this host")
 
     async def run(self, observed: Callable[[float], None] = lambda _ms: None) -> None:
         """Keep the clock in step until cancelled; `observed` gets the estimate's error, in ms."""
-        refused = self._clock.steps_refused
         while True:
             await asyncio.sleep(self._every_s)
             await self.sample()
             observed(abs(self._clock.error_us()) / 1_000)
-            if self._clock.steps_refused > refused:
-                refused = self._clock.steps_refused
-                log.warning("clock_step_refused", refused=refused, advice="Redis and this host disagree by over 250 ms")
+            self._say()
+            if self._board is not None and self._clock.synced:
+                await self._board.state(self.report(self._board.role))
+                await self._heed_others(self._board)
+
+    def report(self, role: str) -> ClockReport:
+        """What there is to state about this clock."""
+        clock = self._clock
+        return ClockReport(
+            role,
+            self.witnesses.wall_ahead_us() / 1_000,
+            clock.uncertainty_us() / 1_000,
+            clock.error_us() / 1_000,
+            clock.steps_refused,
+            self.verdict,
+            clock.now_ms(),
+        )
+
+    def _say(self) -> None:
+        if self.verdict is not self._logged:
+            self._logged = self.verdict
+            log.warning("clock_verdict", odd=self.verdict.value, advice=_ADVICE[self.verdict])
+
+    async def _heed_others(self, board: ClockBoard) -> None:
+        """Whoever alone finds the authority wrong is wrong himself: a machine that stood still, wall clock and all."""
+        now = self._clock.clock.monotonic_ns()
+        if self.verdict is not Verdict.AUTHORITY:
+            self._coasting_since = None
+            return
+        others = [report.verdict for report in (await board.others()).values()]
+        if self._coasting_since is None:
+            self._coasting_since = now
+        agreeing = sum(other is Verdict.NONE for other in others)
+        if now - self._coasting_since >= OUTVOTED_AFTER_NS and agreeing >= OTHERS_MIN and 2 * agreeing > len(others):
+            self.in_step = False
+            log.warning("clock_outvoted", others=len(others), agreeing_with_redis=agreeing)
+
+
+_ADVICE: Final = {
+    Verdict.NONE: "all witnesses agree again",
+    Verdict.AUTHORITY: "Redis and this host disagree by over 250 ms: check time synchronisation of the Redis host",
+    Verdict.WALL: "the date of this host was set: check its time synchronisation",
+    Verdict.MONOTONIC: "this host stood still or slept: its shards are given away until its clock is in step",
+    Verdict.NO_MAJORITY: "three clocks differ by over 250 ms each: check time synchronisation of both hosts",
+}

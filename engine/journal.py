@@ -20,6 +20,7 @@ from engine.contract.intake import (
     Actor,
     Context,
     Correct,
+    CorrectClock,
     Discard,
     EventType,
     IntakeEvent,
@@ -56,6 +57,7 @@ from engine.store.protocol import (
     Record,
     Reply,
     Requeue,
+    SetOffset,
     ShardHead,
     Unpark,
 )
@@ -111,6 +113,8 @@ class Journal:
         """Every decision that was taken, with the event that caused it; None if it was time."""
         self.poison = 0
         """Entries that could not be read."""
+        self.offset_ms: int | None = None
+        """What will be added to the authority's clock from now on; None if that is not touched."""
         self._timers = timers
         self._offers = dict(offers)
         self._parked = dict(parked or {})
@@ -157,6 +161,9 @@ class Journal:
             return
         if isinstance(event.event, Outage):
             self._sit_out(event.event, context, entry)
+            return
+        if isinstance(event.event, CorrectClock):
+            self._correct_clock(event.event, context, entry)
             return
         if isinstance(event.event, Correct):
             self._correct(event.auction_id or "", event.event, context, entry)
@@ -223,11 +230,22 @@ class Journal:
         self._write(decision, context, entry.stream_id)
 
     def _displace(self, auction_id: str, order: Correct, context: Context, entry: Entry) -> None:
-        assert entry.at is not None
         self._batch.operations.append(Displace(auction_id))
+        self._note(audit.ENTRY_REMOVED, auction_id, {"cause": order.cause}, context, entry)
+
+    def _correct_clock(self, order: CorrectClock, context: Context, entry: Entry) -> None:
+        self.offset_ms = order.offset_ms
+        self._batch.operations.append(SetOffset(order.offset_ms))
+        details = {"offset_ms": order.offset_ms, "reason": order.reason, "evidence": order.evidence}
+        self._note(audit.CLOCK_CORRECTED, "", details, context, entry)
+
+    def _note(
+        self, event_type: str, auction_id: str, details: Mapping[str, object], context: Context, entry: Entry
+    ) -> None:
+        """Record what was done that changed no auction."""
         self._chain(
             audit.operation(
-                audit.ENTRY_REMOVED,
+                event_type,
                 auction_id=auction_id,
                 prev_status="",
                 new_status="",
@@ -236,9 +254,9 @@ class Journal:
                 intake_id=entry.stream_id,
                 trace_id=context.trace_id,
                 correlation_id=context.correlation_id,
-                occurred_at=entry.at,
+                occurred_at=entry.at or self.now,
                 recorded_at=self.now,
-                details={"cause": order.cause},
+                details=details,
             )
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.contract import metrics as catalogue
+from engine.contract.clock_vote import Verdict
 from engine.contract.metrics import Kind, Metric
 
 
@@ -44,6 +45,17 @@ class Metrics:
         return made.labels(*labels) if labels else made
 
 
+class ClockVerdicts:
+    """Counts what the witnesses of one role's clock say."""
+
+    def __init__(self, made: Metrics, source: str) -> None:
+        self._counters = {verdict: made.counter(catalogue.CLOCK_VERDICTS, source, verdict.value) for verdict in Verdict}
+
+    def count(self, verdict: Verdict) -> None:
+        """One look said so."""
+        self._counters[verdict].inc()
+
+
 OFFER_OUTCOMES_KEPT = 1_000
 """Cancellations that the success rate looks back on."""
 
@@ -57,6 +69,7 @@ class EngineMetrics:
         self.close_lateness_ms = made.histogram(catalogue.CLOSE_LATENESS)
         self.early_closes = made.counter(catalogue.EARLY_CLOSES)
         self.drift_ms = made.histogram(catalogue.DRIFT, "engine")
+        self.clock = ClockVerdicts(made, "engine")
         self.active = made.gauge(catalogue.ACTIVE)
         self.trigger_lag_ms = made.histogram(catalogue.TRIGGER_LAG)
         self.intake_lag = made.gauge(catalogue.INTAKE_LAG)

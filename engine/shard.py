@@ -396,6 +396,8 @@ class Shard:
                 self.live[auction_id] = record
                 self.digest ^= mark(record.auction)
         self.calendar.enter(journal.after.values(), tick_now=True)
+        if journal.offset_ms is not None:
+            log.warning("clock_corrected", shard=self.number, offset_ms=journal.offset_ms)
         for outcome, times in Counter(_outcome(decision) for decision, context in journal.decisions if context).items():
             self.metrics.applied[outcome].inc(times)
         self.metrics.applied["poison"].inc(journal.poison)

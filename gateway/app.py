@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.clock import AuctionClock, Clock, SystemClock
+from engine.clock_board import ClockBoard
 from engine.clock_sync import ClockSync
 from engine.lifetime import patiently
 from engine.settings import Settings
@@ -131,6 +132,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     archive = AuditArchive(archive_url(settings.audit_url, settings.data_dir))
     audit = AuditRoutes(auctions, AuditReader(store, archive), settings.shards)
     ops = OpsRoutes(commands, store, settings.shards)
+    board = ClockBoard(store, clock, "gateway", settings.instance)
 
     gateway: Gateway
 
@@ -157,7 +159,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     app.add_middleware(Correlate, origins=door.origins)
     gateway = Gateway(
         auction_clock,
-        ClockSync(auction_clock, store.time_us),
+        ClockSync(auction_clock, store.time_us, board=board, judged=metrics.clock.count),
         hub,
         feed,
         TickFeed(store, hub, settings.shards),

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector  # type: ignore[attr-defined,unused-ignore]
 
 from engine.contract import metrics as catalogue
-from engine.metrics import Metrics
+from engine.metrics import ClockVerdicts, Metrics
 
 TICK_LANE = "tick"
 EVENT_LANE = "event"
@@ -24,6 +24,7 @@ class GatewayMetrics:
         self.resumes = {
             recovered: made.counter(catalogue.RESUMES, str(recovered).lower()) for recovered in (True, False)
         }
+        self.clock = ClockVerdicts(made, "gateway")
         self.drift_ms = {source: made.histogram(catalogue.DRIFT, source) for source in ("gateway", "client")}
 
     def handshake(self, outcome: str) -> None:

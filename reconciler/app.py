@@ -1,7 +1,8 @@
 """The reconciler process: loops beside the engine that may fail, wait and try again without any auction noticing.
 
-It compares every live auction with the audit log and asks for repairs (`reconciler.loop`), archives the audit streams
-(`reconciler.archiver`) and, where a webhook is set, forwards the outbound events to it (`reconciler.forwarder`).
+It compares every live auction with the audit log and asks for repairs (`reconciler.loop`), watches the clock of Redis
+(`reconciler.clock_watch`), archives the audit streams (`reconciler.archiver`) and, where a webhook is set, forwards the
+outbound events to it (`reconciler.forwarder`).
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from engine.clock import AuctionClock, Clock, SystemClock
+from engine.clock_board import ClockBoard
 from engine.clock_sync import ClockSync
 from engine.lifetime import patiently, stop_event, until_stopped
 from engine.logs import without_secrets
@@ -25,6 +27,7 @@ from engine.store.protocol import StoreUnavailableError
 from engine.store.reconciler_lease import ReconcilerLease
 from engine.store.redis import RedisStore
 from reconciler.archiver import Archiver
+from reconciler.clock_watch import ClockWatch
 from reconciler.forwarder import Forwarder
 from reconciler.loop import Limits, Reconciler
 from reconciler.metrics import ReconcilerMetrics
@@ -56,13 +59,15 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     archiver = Archiver(store, archive, metrics, shards=settings.shards, retained=settings.audit_retained)
     forwarder = _forwarder(settings, store, clock, metrics)
     auction_clock = AuctionClock(clock)
-    sync = ClockSync(auction_clock, store.time_us)
+    board = ClockBoard(store, clock, "reconciler", settings.instance)
+    sync = ClockSync(auction_clock, store.time_us, board=board, judged=metrics.clock.count)
+    watch = ClockWatch(store, auction_clock, sync.witnesses, board, metrics, shards=settings.shards)
     reconciler = made(settings, store, archive, auction_clock, metrics)
     stop = stop_event()
     log.info("reconciler_starting", redis=without_secrets(settings.redis_url), archive=archive.shown)
     try:
         if await until_stopped(stop, patiently(lambda: store.deployment(settings.shards))):
-            await until_stopped(stop, _together(_loops(archiver, forwarder, sync, reconciler)))
+            await until_stopped(stop, _together(_loops(archiver, forwarder, sync, watch, reconciler)))
             await _finish(archiver)
     finally:
         await archive.close()
@@ -70,7 +75,9 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     log.info("reconciler_stopped")
 
 
-def _loops(archiver: Archiver, forwarder: Forwarder | None, sync: ClockSync, reconciler: Reconciler) -> list[Loop]:
+def _loops(
+    archiver: Archiver, forwarder: Forwarder | None, sync: ClockSync, watch: ClockWatch, reconciler: Reconciler
+) -> list[Loop]:
     """What runs until the stop. A loop waits out what is away; if it ends or raises, the process ends and says why."""
 
     async def reconcile() -> None:
@@ -78,7 +85,7 @@ def _loops(archiver: Archiver, forwarder: Forwarder | None, sync: ClockSync, rec
         await reconciler.run()
 
     forwarding = [] if forwarder is None else [forwarder.run]
-    return [archiver.run, *forwarding, sync.run, reconcile]
+    return [archiver.run, *forwarding, sync.run, watch.run, reconcile]
 
 
 def made(

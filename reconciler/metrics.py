@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry
 
 from engine.contract import metrics as catalogue
-from engine.metrics import Metrics
+from engine.metrics import ClockVerdicts, Metrics
 from reconciler.drift import DriftKind
 
 
@@ -16,6 +16,8 @@ class ReconcilerMetrics:
         self.archive_refused = made.gauge(catalogue.ARCHIVE_REFUSED)
         self.webhook_lag = made.gauge(catalogue.WEBHOOK_LAG)
         self.pass_ms = made.histogram(catalogue.PASS_MS)
+        self.clock = ClockVerdicts(made, "reconciler")
+        self.clock_corrections = made.counter(catalogue.CORRECTIONS, "clock")
         self.drift_ms = made.histogram(catalogue.DRIFT, "reconciler")
         self.corrections = {kind: made.counter(catalogue.CORRECTIONS, kind.value) for kind in DriftKind}
         self.webhook_deliveries = {

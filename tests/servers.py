@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +54,9 @@ DEBIAN: Final = Kind("Debian's Redis", DEBIAN_REDIS)
 
 
 class Server:
-    """A running server. Its only door is a Unix socket."""
+    """A running server. Its only door is a Unix socket. `env` is added to its environment."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Kind, env: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         # Not pytest's own temporary directory: the path of a socket has 107 bytes at most.
         self._directory = Path(tempfile.mkdtemp(prefix="at-", dir="/tmp"))
@@ -70,6 +70,7 @@ class Server:
         ]
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
+            env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -143,6 +143,8 @@ def as_json(fields: Mapping[str, str]) -> dict[str, object]:
 
 OPERATOR_CANCEL: Final = "OPERATOR_CANCEL"
 OPERATOR_RETRY: Final = "OPERATOR_RETRY"
+CLOCK_CORRECTED: Final = "clock_corrected"
+"""The clock of the shard's Redis stepped, and what is added to it was set anew."""
 ENTRY_REMOVED: Final = "deadline_entry_removed"
 """A sorted set named an auction that the log knows nothing of."""
 

@@ -26,6 +26,8 @@ BODY_BYTES_MAX: Final = 65_536
 # Amounts are only handed on, but they cross JSON readers that hold integers as doubles.
 AMOUNT_MINOR_MAX: Final = 2**53 - 1
 DELEGATES_MAX: Final = 100
+OFFSET_MS_MAX: Final = EPOCH_MS_MAX
+EVIDENCE_BYTES_MAX: Final = 4_096
 
 
 class EventType(StrEnum):
@@ -49,6 +51,7 @@ class CommandType(StrEnum):
     CORRECTION_REQUESTED = "timers.correction.requested"
     OUTAGE_OBSERVED = "service.outage.observed"
     RESYNC_REPORTED = "timers.resync.reported"
+    CLOCK_CORRECTED = "clock.corrected"
 
 
 class SchemaError(ValueError):
@@ -137,7 +140,19 @@ class Outage:
     extension_ms: int
 
 
-Request = Retry | Discard | Resync | Correct | Outage
+@dataclass(frozen=True, slots=True)
+class CorrectClock:
+    """The reconciler asks that this shard stamp by `TIME + offset_ms`, because `TIME` stepped (architecture section 4).
+
+    The offset is absolute, so the same order twice is the same order. `evidence` says what the witnesses showed.
+    """
+
+    offset_ms: int
+    reason: str
+    evidence: Mapping[str, Any]
+
+
+Request = Retry | Discard | Resync | Correct | Outage | CorrectClock
 """What gateways and the reconciler ask of a shard, and no transition of the life cycle."""
 
 
@@ -145,8 +160,8 @@ Request = Retry | Discard | Resync | Correct | Outage
 class IntakeEvent:
     """A readable input event.
 
-    Exactly one of `auction_id` and `offer_id` says what it is about; an operator's `Retry` or `Discard`, and an `Outage`,
-    have neither.
+    Exactly one of `auction_id` and `offer_id` says what it is about; an operator's `Retry` or `Discard`, an `Outage` and a
+    `CorrectClock` have neither.
     """
 
     context: Context
@@ -277,6 +292,18 @@ class _Fields:
     def integer_or_none(self, name: str) -> int | None:
         return None if self._raw.get(name) is None else self.integer(name)
 
+    def offset(self, name: str) -> int:
+        value = self.integer(name)
+        if abs(value) > OFFSET_MS_MAX:
+            raise self._wrong(name, f"an offset in -{OFFSET_MS_MAX}..{OFFSET_MS_MAX}")
+        return value
+
+    def evidence(self, name: str) -> Mapping[str, Any]:
+        value = self._raw.get(name)
+        if not isinstance(value, dict) or len(orjson.dumps(value)) > EVIDENCE_BYTES_MAX:
+            raise self._wrong(name, f"an object of at most {EVIDENCE_BYTES_MAX} bytes")
+        return value
+
     def minutes(self, name: str) -> int:
         value = self.integer(name)
         if not 0 <= value <= WINDOW_MINUTES_MAX:
@@ -388,8 +415,17 @@ def _correct(_auction_id: str, detail: _Fields) -> Correct:
     )
 
 
+def _correct_clock(_auction_id: str, detail: _Fields) -> CorrectClock:
+    return CorrectClock(detail.offset("offset_ms"), detail.reason("reason"), detail.evidence("evidence"))
+
+
 _ABOUT_NO_AUCTION: Final = frozenset(
-    {CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED, CommandType.OUTAGE_OBSERVED}
+    {
+        CommandType.RETRY_REQUESTED,
+        CommandType.DISCARD_REQUESTED,
+        CommandType.OUTAGE_OBSERVED,
+        CommandType.CLOCK_CORRECTED,
+    }
 )
 _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Request]]] = {
     EventType.AUCTION_STARTED: _register,
@@ -408,6 +444,7 @@ _BUILD: Final[dict[str, Callable[[str, _Fields], InputEvent | Request]]] = {
         detail.integer("drift_ms"), detail.integer_or_none("rtt_ms")
     ),
     CommandType.CORRECTION_REQUESTED: _correct,
+    CommandType.CLOCK_CORRECTED: _correct_clock,
     CommandType.OUTAGE_OBSERVED: lambda _id, detail: Outage(
         detail.instant("since"), detail.instant("until"), detail.integer("extension_ms")
     ),

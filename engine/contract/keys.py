@@ -10,6 +10,9 @@ META: Final = "auction:meta"
 ENGINES: Final = "auction:engines"
 """Hash: the beats of every engine that runs, by its name."""
 
+CLOCKS: Final = "auction:clocks"
+"""Hash: what every process states about its clock, by its role and name."""
+
 RECONCILIATIONS: Final = "auction:timer:reconciliations"
 """Stream: what the reconciler found, what it did about it, and why."""
 

@@ -58,6 +58,15 @@ DRIFT: Final = Metric(
     labels=("source",),
     buckets=DRIFT_BUCKETS_MS,
 )
+CLOCK_VERDICTS: Final = Metric(
+    "auctions_clock_verdicts_total",
+    Kind.COUNTER,
+    "Looks at the three clocks of a process, about one a second, by the one that was odd by more than 250 ms: `authority` "
+    "(Redis), `wall` (the date of this host), `monotonic` (this host stood still), `no_majority`, or `none`.",
+    "`authority`: the date of the Redis host was set; the reconciler corrects that within seconds, so there is time to mend "
+    "it. `wall`: the same for this host. `monotonic`: this host slept or was paused. `no_majority`: the dates of both.",
+    labels=("source", "verdict"),
+)
 ACTIVE: Final = Metric(
     "auctions_timer_active",
     Kind.GAUGE,
@@ -208,7 +217,7 @@ CORRECTIONS: Final = Metric(
     "Drifts that the reconciler found and asked to repair or, where no event can mend them, wrote down; by what was wrong.",
     "Read `auction:timer:reconciliations`: each has its cause, before, after and evidence. `heartbeat_frozen`, "
     "`engine_silent`: look at that engine. `cap_breached`, `memory_differs`, `log_missing`: must be 0; keep Redis as it is, "
-    "and report a bug. "
+    "and report a bug. `clock`: the date of the Redis host was set, counted once per shard; check its time synchronisation. "
     "The others: somebody or something writes to Redis besides the engine; find out who.",
     labels=("kind",),
 )
@@ -221,9 +230,11 @@ PASS_MS: Final = Metric(
 )
 
 ENGINE: Final = (
-    TICK_DELAY, CLOSE_LATENESS, EARLY_CLOSES, DRIFT, ACTIVE, EXTENSIONS, TRIGGER_LAG, INTAKE_LAG, APPLIED,
+    TICK_DELAY, CLOSE_LATENESS, EARLY_CLOSES, DRIFT, CLOCK_VERDICTS, ACTIVE, EXTENSIONS, TRIGGER_LAG, INTAKE_LAG, APPLIED,
     COMMIT_CONFLICTS, STORE_RETRIES, PARKED, OFFER_CANCELLATIONS, OFFER_CANCELLATION_SUCCESS,
 )  # fmt: skip
-GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, RESYNCS, DRIFT)
-RECONCILER: Final = (ARCHIVE_LAG, ARCHIVE_REFUSED, WEBHOOK_DELIVERIES, WEBHOOK_LAG, CORRECTIONS, PASS_MS, DRIFT)
+GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, RESYNCS, DRIFT, CLOCK_VERDICTS)
+RECONCILER: Final = (
+    ARCHIVE_LAG, ARCHIVE_REFUSED, WEBHOOK_DELIVERIES, WEBHOOK_LAG, CORRECTIONS, PASS_MS, DRIFT, CLOCK_VERDICTS,
+)  # fmt: skip
 CATALOGUE: Final = tuple(dict.fromkeys((*ENGINE, *GATEWAY, *RECONCILER)))

@@ -49,6 +49,8 @@ from engine.store.protocol import (
     Reply,
     ReplyEntry,
     Requeue,
+    SetOffset,
+    ShardClock,
     ShardHead,
     Standing,
     Superseded,
@@ -72,6 +74,7 @@ class ShardMemory:
     chain: ChainHead = field(default_factory=ChainHead)
     last_at: int = 0
     offset_ms: int = 0
+    corrections: int = 0
     last_commit: str = ""
     last_commit_at: int = 0
     attended_at: EpochMs | None = None
@@ -115,6 +118,7 @@ class MemoryStore:
         self._listeners: list[asyncio.Queue[tuple[int, bytes]]] = []
         self.shards: defaultdict[int, ShardMemory] = defaultdict(ShardMemory)
         self.members: dict[str, int] = {}
+        self.clocks: dict[str, bytes] = {}
         self.reconciliations: deque[dict[str, str]] = deque(maxlen=StoreLimits().reconciliations_max)
         self.replies: defaultdict[str, list[tuple[str, str, bytes]]] = defaultdict(list)
 
@@ -128,7 +132,20 @@ class MemoryStore:
         self._grown = asyncio.Event()
 
     async def time_us(self) -> int:
-        return self._authority_us()
+        return (await self.shard_clock(0)).now_us
+
+    async def shard_clock(self, shard: int) -> ShardClock:
+        memory = self.shards[shard]
+        return ShardClock(self._authority_us(), memory.offset_ms, memory.corrections)
+
+    async def state_clock(self, name: str, body: bytes) -> None:
+        self.clocks[name] = body
+
+    async def stated_clocks(self) -> dict[str, bytes]:
+        return dict(self.clocks)
+
+    async def forget_clock(self, name: str) -> None:
+        self.clocks.pop(name, None)
 
     async def deployment(self, shards: int) -> None:
         if self._deployment is None:
@@ -304,13 +321,16 @@ class MemoryStore:
             case BindOffer(offer_id, value, forget):
                 if not forget or memory.offers.get(offer_id, value) == value:
                     memory.offers[offer_id] = value
-            case Reply() | KeepOutcome() | Park() | Unpark() | Requeue():
+            case Reply() | KeepOutcome() | Park() | Unpark() | Requeue() | SetOffset():
                 self._apply_command(memory, operation, at)
 
     def _apply_command(
-        self, memory: ShardMemory, operation: Reply | KeepOutcome | Park | Unpark | Requeue, at: EpochMs
+        self, memory: ShardMemory, operation: Reply | KeepOutcome | Park | Unpark | Requeue | SetOffset, at: EpochMs
     ) -> None:
         match operation:
+            case SetOffset(offset_ms):
+                memory.offset_ms = offset_ms
+                memory.corrections += 1
             case Reply(reply_to, outcome, command_id, body):
                 self.replies[reply_to].append((outcome, command_id, body))
             case KeepOutcome(command_id, body):

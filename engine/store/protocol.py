@@ -198,6 +198,13 @@ class BindOffer:
     forget: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SetOffset:
+    """From now on the shard's stamps are `TIME + offset_ms`. It counts as one more correction of the shard's clock."""
+
+    offset_ms: int
+
+
 Operation = (
     PutTimer
     | PlaceLive
@@ -212,6 +219,7 @@ Operation = (
     | Requeue
     | KeepOutcome
     | BindOffer
+    | SetOffset
 )
 
 
@@ -306,6 +314,20 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardClock:
+    """A shard's clock as it was read in one step: `TIME`, what is added to it, and how often that was set."""
+
+    time_us: int
+    offset_ms: int
+    corrections: int
+
+    @property
+    def now_us(self) -> int:
+        """What the shard's clock shows."""
+        return self.time_us + self.offset_ms * 1_000
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateEntry:
     """An entry of the event lane as it was read."""
 
@@ -388,6 +410,34 @@ class AuditEntry:
     fields: dict[str, str]
 
 
+class ClockStore(Protocol):
+    """The authority's clock, and what processes state about theirs.
+
+    No call is repeated here: a late answer is a bad sample, and a statement is followed by the next one. Every method raises
+    `StoreUnavailableError`, `redis.exceptions.RedisError` or `OSError` when no answer comes.
+    """
+
+    async def time_us(self) -> int:
+        """The authority's clock: that of shard 0, with its offset, in microseconds since the Unix epoch."""
+        ...
+
+    async def shard_clock(self, shard: int) -> ShardClock:
+        """The clock by which arrivals in a shard are stamped."""
+        ...
+
+    async def state_clock(self, name: str, body: bytes) -> None:
+        """State something about the clock of the process of this name, in the place of what it stated before."""
+        ...
+
+    async def stated_clocks(self) -> dict[str, bytes]:
+        """What was stated last, by name."""
+        ...
+
+    async def forget_clock(self, name: str) -> None:
+        """Take a name off the list."""
+        ...
+
+
 class AuditStore(Protocol):
     """The archiver's and the auditor's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
 
@@ -408,7 +458,7 @@ class AuditStore(Protocol):
         ...
 
 
-class ReconcilerStore(AuditStore, Protocol):
+class ReconcilerStore(AuditStore, ClockStore, Protocol):
     """The reconciler's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
 
     async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
@@ -500,7 +550,7 @@ class ShardStore(LeaseStore, MemberStore, Protocol):
     """The engine's side. Every method raises `StoreUnavailableError` when no answer comes in time."""
 
     async def time_us(self) -> int:
-        """The authority's clock, in microseconds since the Unix epoch."""
+        """See `ClockStore`."""
         ...
 
     async def deployment(self, shards: int) -> None:

@@ -49,6 +49,8 @@ from engine.store.protocol import (
     Reply,
     ReplyEntry,
     Requeue,
+    SetOffset,
+    ShardClock,
     ShardHead,
     Standing,
     StoreUnavailableError,
@@ -108,15 +110,38 @@ class RedisStore:
     # The authority's clock.
 
     async def time_us(self) -> int:
-        # Never repeated: a late answer is a bad sample.
-        # In a Cluster every node has a clock: that of the node with the deployment's own key is the authority.
+        # In a Cluster every node has a clock: that of the node with shard 0 is the authority.
+        return (await self.shard_clock(0)).now_us
+
+    async def shard_clock(self, shard: int) -> ShardClock:
+        cursor = self._keys(shard).cursor
+        (seconds, micros), (offset, corrections) = await self._once(
+            cursor, ("TIME",), ("HMGET", cursor, "offset", "corrections")
+        )
+        return ShardClock(int(seconds) * 1_000_000 + int(micros), int(offset or 0), int(corrections or 0))
+
+    async def state_clock(self, name: str, body: bytes) -> None:
+        await self._once(keys.CLOCKS, ("HSET", keys.CLOCKS, name, body))
+
+    async def stated_clocks(self) -> dict[str, bytes]:
+        (found,) = await self._once(keys.CLOCKS, ("HGETALL", keys.CLOCKS))
+        pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
+        return {name.decode(errors="replace"): body for name, body in pairs}
+
+    async def forget_clock(self, name: str) -> None:
+        await self._once(keys.CLOCKS, ("HDEL", keys.CLOCKS, name))
+
+    async def _once(self, name: str, *commands: tuple[str | bytes, ...]) -> list[Any]:
+        """Commands about the key `name` in one step, never repeated: a late answer is a bad sample."""
         try:
-            node = await self.link.node(keys.META)
-            seconds, micros = await heeding_cancellation(lambda: node.commands.execute_command("TIME"))
+            node = await self.link.node(name)
+            async with node.commands.pipeline(transaction=True) as pipe:
+                for command in commands:
+                    pipe.execute_command(*command)
+                return list(await heeding_cancellation(pipe.execute))
         except (RedisError, OSError) as error:
             self.link.heed(error)
             raise
-        return int(seconds) * 1_000_000 + int(micros)
 
     async def deployment(self, shards: int) -> None:
         await self._read("HSETNX", keys.META, "shards", str(shards))
@@ -657,12 +682,12 @@ def _spell_operation(
             args += ("Z", 1, auction_id)
         case BindOffer(offer_id, value, forget):
             args += ("O", 3, key(names.offer_prefix + offer_id), value, int(forget))
-        case Reply() | KeepOutcome() | Park() | Unpark() | Requeue():
+        case Reply() | KeepOutcome() | Park() | Unpark() | Requeue() | SetOffset():
             _spell_command(operation, names, key, args, in_one_slot=in_one_slot)
 
 
 def _spell_command(
-    operation: Reply | KeepOutcome | Park | Unpark | Requeue,
+    operation: Reply | KeepOutcome | Park | Unpark | Requeue | SetOffset,
     names: ShardKeys,
     key: Any,
     args: list[str | bytes | int],
@@ -685,3 +710,5 @@ def _spell_command(
             args += ("X", 1, command_id)
         case Requeue(event_id, body, attempts, first_seen_at):
             args += ("E", 4, event_id, body, attempts, first_seen_at)
+        case SetOffset(offset_ms):
+            args += ("S", 1, offset_ms)

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from engine.clock import (
     SAMPLES_MAX,
     SLEW_PPM,
-    STEP_US,
     AuctionClock,
     MonotonicNs,
     SystemClock,
     UnsyncedClockError,
 )
+from engine.contract.clock_vote import STEP_US
 from engine.domain.instants import EpochMs
 from tests.fakes.clock import BORN_MS, Authority, ManualClock, Timeline
 
@@ -133,6 +133,23 @@ def test_what_is_still_to_be_slewed_is_known() -> None:
     for _ in range(SAMPLES_MAX + 1):
         rig.sample()
     assert -10_010 <= rig.clock.error_us() <= -9_990
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.parametrize("step_ms", [10_000, -10_000])
+def test_an_adopted_sample_is_all_that_counts(step_ms: int) -> None:
+    """Where the estimate itself was wrong it is given up: at once, for this sample; what was heard before is forgotten."""
+    rig = Rig()
+    for _ in range(4):
+        rig.sample(0.1, 0.1)
+    rig.authority.step(step_ms)
+    assert not rig.sample()
+    sent = rig.machine.monotonic_ns()
+    rig.clock.adopt(sent, sent, rig.authority())
+    assert abs(rig.error_us) <= 1
+    assert rig.sample(1, 1)
+    rig.line.advance(60_000)
+    assert abs(rig.error_us) <= 1_001
 
 
 @pytest.mark.requirement("R12")

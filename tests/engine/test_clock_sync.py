@@ -9,7 +9,11 @@ from redis.exceptions import ConnectionError  # noqa: A004 - redis-py's own
 from structlog.testing import capture_logs
 
 from engine.clock import AuctionClock
+from engine.clock_board import ClockBoard
 from engine.clock_sync import BURST, ClockSync
+from engine.contract.clock_vote import ClockReport, Verdict, read_report
+from engine.domain.instants import EpochMs
+from engine.store.memory import MemoryStore
 from engine.store.protocol import StoreUnavailableError
 from tests.fakes.clock import Authority, ManualClock, Timeline
 from tests.fakes.loop import run
@@ -23,7 +27,13 @@ class Rig:
         self.authority = Authority(self.line)
         self.machine = ManualClock(self.line, seed=seed, drift_ppm=drift_ppm)
         self.clock = AuctionClock(self.machine)
-        self.sync = ClockSync(self.clock, self.ask)
+        self.store = MemoryStore(self.authority)
+        self.is_free = True
+        self.judged: list[Verdict] = []
+        board = ClockBoard(self.store, self.machine, "gateway", "g-1")
+        self.sync = ClockSync(
+            self.clock, self.ask, board=board, is_free=lambda: self.is_free, judged=self.judged.append
+        )
         self.asked = 0
         self.failures: list[Exception] = []
         self.delay_ms: Callable[[], tuple[float, float]] = lambda: (0.2, 0.2)
@@ -128,21 +138,196 @@ def test_a_drifting_machine_is_kept_in_step(drift_ppm: int) -> None:
 
 
 @pytest.mark.requirement("R12")
-def test_a_step_of_the_authority_is_reported_and_not_followed() -> None:
-    """The Redis host's date jumps by a minute: the process coasts, and says so once per sample."""
+@pytest.mark.parametrize("step_ms", [60_000, -60_000, 3_600_000])
+def test_a_step_of_the_authority_is_reported_and_not_followed(step_ms: int) -> None:
+    """The Redis host's date jumps: the process coasts, and names it once, and once more when it is back."""
+    rig = Rig()
+
+    def jump(second: int) -> None:
+        if second in (5, 15):
+            rig.authority.step(step_ms if second == 5 else -step_ms)
+        if second == 14:
+            assert abs(rig.error_us + step_ms * 1_000) <= 500
+
+    with capture_logs() as lines:
+        running(rig, 20, jump)
+    assert [(line["event"], line["odd"]) for line in lines] == [
+        ("clock_verdict", "authority"),
+        ("clock_verdict", "none"),
+    ]
+    assert 8 <= rig.judged.count(Verdict.AUTHORITY) <= 10
+    assert abs(rig.error_us) <= 500
+    assert rig.clock.steps_refused >= 8
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.parametrize("step_ms", [10_000, -3_600_000])
+def test_a_step_of_the_wall_clock_is_only_said(step_ms: int) -> None:
+    """It is named, for a minute, and nothing else happens; then it is a witness again, from where it then stands."""
     rig = Rig()
 
     def jump(second: int) -> None:
         if second == 5:
-            rig.authority.step(60_000)
+            rig.machine.step_wall(step_ms)
+        if second == 80:
+            assert rig.sync.verdict is Verdict.NONE
+            rig.authority.step(step_ms)
+
+    with capture_logs() as lines:
+        running(rig, 90, jump)
+    assert [line["odd"] for line in lines] == ["wall", "none", "authority"]
+    assert 55 <= rig.judged.count(Verdict.WALL) <= 65
+    assert abs(rig.error_us + step_ms * 1_000) <= 500
+
+
+@pytest.mark.requirement("R12")
+def test_a_date_that_is_wrong_but_steady_is_a_witness() -> None:
+    """A host two hours off can still tell that it was Redis whose date was set, because its own was not."""
+    rig = Rig()
+    rig.machine.step_wall(7_200_000)
+
+    def jump(second: int) -> None:
+        if second == 5:
+            rig.authority.step(1_000)
 
     with capture_logs() as lines:
         running(rig, 10, jump)
-    events = [line["event"] for line in lines]
-    assert set(events) == {"clock_step_refused"}
-    assert 3 <= len(events) <= 6
-    assert lines[-1]["refused"] == len(events)
-    assert abs(rig.error_us + 60_000_000) <= 500
+    assert [line.get("odd", line["event"]) for line in lines] == ["wall_clock_differs", "authority"]
+
+
+@pytest.mark.requirement("R12")
+def test_three_that_differ_are_coasted_over() -> None:
+    """With no majority nobody is believed; after a minute the wall clock is a witness again, and names the authority."""
+    rig = Rig()
+
+    def jump(second: int) -> None:
+        if second == 5:
+            rig.authority.step(5_000)
+            rig.machine.step_wall(-5_000)
+
+    with capture_logs() as lines:
+        running(rig, 80, jump)
+    assert [line["odd"] for line in lines] == ["no_majority", "authority"]
+    assert abs(rig.error_us + 5_000_000) <= 500
+
+
+@pytest.mark.requirement("R12")
+def test_a_single_look_says_nothing() -> None:
+    """A date that was wrong for one look only is not worth a word."""
+    rig = Rig()
+
+    def jump(second: int) -> None:
+        if second in (5, 6):
+            rig.authority.step(10_000 if second == 5 else -10_000)
+
+    with capture_logs() as lines:
+        running(rig, 10, jump)
+    assert (lines, rig.clock.steps_refused) == ([], 1)
+
+
+def sleep_of(rig: Rig, ms: int) -> None:
+    """To a machine that slept, the world is later than its monotonic clock says: Redis and its own date agree on that."""
+    rig.authority.step(ms)
+    rig.machine.step_wall(ms)
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.parametrize("slept_ms", [1_000, 3_600_000, -3_600_000])
+def test_a_machine_that_slept_takes_up_the_authority(slept_ms: int) -> None:
+    """Its own extrapolation is what is odd, so the estimate jumps, within two looks."""
+    rig = Rig()
+
+    def jump(second: int) -> None:
+        if second == 5:
+            sleep_of(rig, slept_ms)
+        if second == 8:
+            assert abs(rig.error_us) <= 500
+
+    with capture_logs() as lines:
+        running(rig, 10, jump)
+    assert "clock_adopted" in [line["event"] for line in lines]
+    assert abs(rig.error_us) <= 500
+    assert rig.sync.in_step
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.requirement("B1")
+def test_a_clock_does_not_jump_while_something_depends_on_it() -> None:
+    """Until everything is given away it only says that it is out of step."""
+    rig = Rig()
+    rig.is_free = False
+
+    def jump(second: int) -> None:
+        if second == 5:
+            sleep_of(rig, 10_000)
+        if 8 <= second < 12:
+            assert not rig.sync.in_step
+            assert abs(rig.error_us + 10_000_000) <= 500
+        rig.is_free = second >= 12
+
+    running(rig, 16, jump)
+    assert rig.sync.in_step
+    assert abs(rig.error_us) <= 500
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.parametrize(("others", "jumps"), [(2, True), (1, False), (0, False)])
+def test_whoever_is_outvoted_is_wrong_himself(others: int, jumps: bool) -> None:
+    """Two or more others find the authority right for seconds: this machine stood still, wall clock and all."""
+    rig = Rig()
+    boards = [ClockBoard(rig.store, ManualClock(rig.line), "engine", f"e-{n}") for n in range(others)]
+
+    def jump(second: int) -> None:
+        if second == 5:
+            rig.authority.step(10_000)
+        for board in boards:
+            told = ClockReport("engine", 0, 0, 0, 0, Verdict.NONE, EpochMs(second))
+            rig.store.clocks[board.name] = told.encode()
+
+    with capture_logs() as lines:
+        running(rig, 20, jump)
+    assert ("clock_outvoted" in [line["event"] for line in lines]) is jumps
+    assert (abs(rig.error_us) <= 500) is jumps
+    assert rig.sync.in_step
+
+
+@pytest.mark.requirement("R12")
+def test_others_who_coast_too_outvote_nobody() -> None:
+    """If they name the authority as well, it is the authority."""
+    rig = Rig()
+
+    def jump(second: int) -> None:
+        if second == 5:
+            rig.authority.step(10_000)
+        for n, verdict in enumerate((Verdict.AUTHORITY, Verdict.AUTHORITY, Verdict.NONE)):
+            told = ClockReport("engine", 0, 0, 0, 0, verdict, EpochMs(second))
+            rig.store.clocks[f"engine:e-{n}"] = told.encode()
+
+    running(rig, 20, jump)
+    assert abs(rig.error_us + 10_000_000) <= 500
+
+
+@pytest.mark.requirement("R12")
+def test_what_is_known_of_the_clock_is_stated() -> None:
+    """Role, distance from the own date, uncertainty, what is still to be slewed, refusals and verdict, once a second."""
+    rig = Rig()
+    rig.machine.step_wall(-2_000)
+    seen: list[ClockReport | None] = []
+
+    def look(second: int) -> None:
+        if second == 5:
+            rig.authority.step(10_000)
+        if second > 1:
+            seen.append(read_report(rig.store.clocks["gateway:g-1"]))
+
+    running(rig, 12, look)
+    stated = [report for report in seen if report is not None]
+    assert len(stated) == len(seen) == len({report.at for report in stated})
+    assert all(report.role == "gateway" and abs(report.offset_ms - 2_000) <= 250 for report in stated)
+    assert all(0 < report.uncertainty_ms <= 1.5 and abs(report.error_ms) <= 1 for report in stated)
+    assert stated[0].verdict is Verdict.NONE
+    assert stated[-1].verdict is Verdict.AUTHORITY
+    assert stated[-1].steps_refused >= 4
 
 
 def test_an_authority_that_is_away_is_missed_for_as_long_as_it_is() -> None:

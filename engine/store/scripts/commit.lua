@@ -28,6 +28,7 @@
 --        E id, body, attempts, first seen at  end of the intake, stamped with this commit
 --        K key, body                      outcome of a command
 --        O key, value, forget             offer binding
+--        S offset, ms                     what is added to TIME from the next stamp on
 -- Returns {"OK", stamp} | {"FENCED", epoch} | {"EARLY", ms} | {"UNDRAINED"} | {"UNATTENDED", when a gateway last wrote}
 --         {"SUPERSEDED", what}, and if it is a hash that is not of its version, also which of the guards, and that version
 --
@@ -153,6 +154,9 @@ while arg <= count do
       'attempts', ARGV[a + 2], 'first_seen_at', ARGV[a + 3])
   elseif op == 'K' then
     redis.call('SET', KEYS[tonumber(ARGV[a])], ARGV[a + 1], 'PX', seen_ms)
+  elseif op == 'S' then
+    redis.call('HSET', cursor, 'offset', ARGV[a])
+    redis.call('HINCRBY', cursor, 'corrections', 1)
   elseif op == 'O' then
     local key = KEYS[tonumber(ARGV[a])]
     if ARGV[a + 2] ~= '1' then

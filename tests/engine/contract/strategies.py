@@ -13,6 +13,7 @@ from engine.contract.intake import (
     CommandType,
     Context,
     Correct,
+    CorrectClock,
     Discard,
     EventType,
     IntakeEvent,
@@ -105,6 +106,9 @@ def events(event_type: EventType | CommandType, auction_id: str) -> SearchStrate
             return st.builds(Correct, reasons, fields, st.integers(0, 2**53), st.none() | instants, st.booleans())
         case CommandType.OUTAGE_OBSERVED:
             return st.builds(Outage, instants, instants, st.integers(0, 900_000))
+        case CommandType.CLOCK_CORRECTED:
+            evidence = st.dictionaries(st.text(max_size=8), st.integers(-(2**53), 2**53), max_size=4)
+            return st.builds(CorrectClock, st.integers(-(10**14), 10**14), reasons, evidence)
         case CommandType.RESYNC_REPORTED:
             return st.builds(Resync, st.integers(-(2**53), 2**53), st.none() | st.integers(0, 2**53))
 

@@ -17,6 +17,7 @@ from engine.contract.intake import (
     CommandType,
     Context,
     Correct,
+    CorrectClock,
     Discard,
     EventType,
     IntakeEvent,
@@ -119,6 +120,10 @@ EVENTS = {
         Outage(EpochMs(5), EpochMs(7_005), 120_000),
     ),
     CommandType.RESYNC_REPORTED: ({"drift_ms": -740, "rtt_ms": 38}, Resync(-740, 38)),
+    CommandType.CLOCK_CORRECTED: (
+        {"offset_ms": -10_000, "reason": "TIME stepped", "evidence": {"stepped_ms": 10_000}},
+        CorrectClock(-10_000, "TIME stepped", {"stepped_ms": 10_000}),
+    ),
 }
 Type = EventType | CommandType
 ABOUT_A_COMMAND = {CommandType.RETRY_REQUESTED, CommandType.DISCARD_REQUESTED}
@@ -145,7 +150,7 @@ def read(body: Any) -> IntakeEvent:
 
 
 def test_the_event_types_are_the_published_ones() -> None:
-    """Seven types come from producers, spelled as in the contract; six more are made by us."""
+    """Seven types come from producers, spelled as in the contract; the others are made by us."""
     assert [event_type.value for event_type in EventType] == [
         "offers.auction.started",
         "auctions.bid.accepted",
@@ -163,6 +168,7 @@ def test_the_event_types_are_the_published_ones() -> None:
         "timers.resync.reported",
         "timers.correction.requested",
         "service.outage.observed",
+        "clock.corrected",
     }
 
 
@@ -374,6 +380,11 @@ WITHDRAWAL = EVENTS[CommandType.OFFER_CANCEL_REQUESTED][0]
         (CommandType.CORRECTION_REQUESTED, {"found_version": "9"}, "detail.found_version is not an integer"),
         (CommandType.CORRECTION_REQUESTED, {"found_ends_at": 0}, "detail.found_ends_at is not an instant in"),
         (CommandType.CORRECTION_REQUESTED, {"unknown": None}, "detail.unknown is not true or false"),
+        (CommandType.CLOCK_CORRECTED, {"offset_ms": 0.5}, "detail.offset_ms is not an integer"),
+        (CommandType.CLOCK_CORRECTED, {"offset_ms": -(10**15)}, "detail.offset_ms is not an offset in"),
+        (CommandType.CLOCK_CORRECTED, {"reason": ""}, "detail.reason is not 1-500 characters"),
+        (CommandType.CLOCK_CORRECTED, {"evidence": []}, "detail.evidence is not an object of at most 4096 bytes"),
+        (CommandType.CLOCK_CORRECTED, {"evidence": {"x": "y" * 4_096}}, "detail.evidence is not an object"),
         (CommandType.RESYNC_REPORTED, {"drift_ms": None}, "detail.drift_ms is not an integer"),
         (CommandType.RESYNC_REPORTED, {"drift_ms": 0.5}, "detail.drift_ms is not an integer"),
         (CommandType.RESYNC_REPORTED, {"rtt_ms": "1"}, "detail.rtt_ms is not an integer"),
@@ -416,7 +427,8 @@ def test_an_offer_is_cancelled_by_either_id() -> None:
     assert (by_offer.auction_id, by_offer.offer_id) == (None, "offer-1")
     by_both = read(body_of(EventType.OFFER_CANCELLED, offer_id="offer-1"))
     assert (by_both.auction_id, by_both.offer_id) == ("lot-7", None)
-    for event_type in set(EVENTS) - {EventType.OFFER_CANCELLED, CommandType.OUTAGE_OBSERVED} - ABOUT_A_COMMAND:
+    of_the_shard = {CommandType.OUTAGE_OBSERVED, CommandType.CLOCK_CORRECTED}
+    for event_type in set(EVENTS) - {EventType.OFFER_CANCELLED} - of_the_shard - ABOUT_A_COMMAND:
         with pytest.raises(SchemaError, match=r"^auction_id is missing$"):
             read(body_of(event_type, auction_id=None, offer_id="offer-1"))
 
