@@ -48,8 +48,8 @@ ENGINES: Final = ("left", "right")
 UPTIME_S: Final = (0.0, 4.0)
 """Of an engine that has begun: from before it has taken its share to well into its work."""
 AWAY_S: Final = (0.0, 3.0)
-STOPPED_S: Final = (0.02, 6.0)
-"""A lease lasts 1.5 s: some pauses end unnoticed, most find the shards with somebody else."""
+STOPPED_S: Final = ((0.02, 6.0), (1.4, 2.2))
+"""A lease lasts 1.5 s: some pauses end unnoticed, most find the shards with somebody else, the second kind at that moment."""
 FAULTS: Final = {"kill": 4, "stop": 5, "stop and kill": 1, "restart": 1}
 SAME_NAME: Final = 0.5
 """Under its old name an engine takes its shards back at once, under a new one it waits for the lease."""
@@ -155,7 +155,7 @@ async def _fire(place: EnginePlace, chance: random.Random, over: asyncio.Event, 
         done[fault] += 1
         if fault.startswith("stop"):
             place.freeze()
-            await asyncio.sleep(chance.uniform(*STOPPED_S))
+            await asyncio.sleep(chance.uniform(*chance.choice(STOPPED_S)))
             if fault == "stop":
                 place.thaw()
                 continue
@@ -292,11 +292,10 @@ async def one_run(*, seconds: float, auctions: int, seed: int) -> tuple[Verdict,
                 for place in places:
                     place.close()
         commits = sum(map(len, seen.accepted.values()))
-        epochs = sum(len({commit.epoch for commit in each}) for each in seen.accepted.values())
     late = percentiles(sorted(verdict.lateness_ms)) if verdict.lateness_ms else {}
     return verdict, {
         "seed": seed, "faults": dict(done), "events": len(load.acknowledged), "records": verdict.records,
-        "commits": commits, "epochs": epochs, "refused_of_old_epochs": seen.superseded, "closed": verdict.closed,
+        "commits": commits, "claims": seen.claims, "refused": seen.refused, "closed": verdict.closed,
         "cancelled": verdict.cancelled, "lateness_ms": late, "died": len(died), "tracebacks": failed,
         "wrong": verdict.counts(),
     }  # fmt: skip

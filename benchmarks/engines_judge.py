@@ -9,7 +9,7 @@ takes part in it. Each check counts what is wrong, and says of the first few wha
 - timers, places, lane: the hash, the place among live, paused and closed, and the event lane, as the fold has them;
 - lost: acknowledged events that do not stand exactly once in the intake;
 - answers, parked: replies that did not come exactly once, troubleshooting that holds something else than what was refused;
-- foreign: commits of an epoch that had been superseded, or whose epoch somebody else had committed under.
+- foreign: commits of an epoch or a holder that the lease did not name any more.
 """
 
 import asyncio
@@ -63,12 +63,16 @@ class Commit:
 
 @dataclass(slots=True)
 class Witness:
-    """Who committed what under which epoch, as the server itself tells it (MONITOR): no engine has a say."""
+    """Who claimed and who committed, as the server itself tells it (MONITOR): no engine has a say."""
 
     accepted: defaultdict[int, list[Commit]] = field(default_factory=lambda: defaultdict(list))
     """By shard, in the order in which the server applied them."""
-    superseded: int = 0
-    """Commits that were tried under an epoch below the highest of their shard, and refused."""
+    refused: int = 0
+    """Commits under an epoch that the lease had left behind, which the server did not apply."""
+    foreign: list[str] = field(default_factory=list)
+    """Those which it did, as sentences. There should be none."""
+    _leases: defaultdict[int, tuple[int, str]] = field(default_factory=lambda: defaultdict(lambda: (0, "")))
+    """Epoch and holder of each shard now."""
     _asked: tuple[int, Commit] | None = None
 
     async def watch(self, reader: asyncio.StreamReader) -> None:
@@ -77,38 +81,44 @@ class Witness:
             self.see(line.decode(errors="replace"))
 
     def see(self, line: str) -> None:
-        """Take one line of MONITOR. A script's own commands follow the line that called it."""
-        if '"EVALSHA"' in line and '"auction:lease:{' in line and '"auction:updates:{' in line:
+        """Take one line of MONITOR. What a script does follows the line that called it."""
+        if '"auction:lease:{' in line and '"EVALSHA"' in line:
             self._settle()
-            words = _words(line)
-            keys = int(next(islice(words, 2, 3)))
-            names = list(islice(words, keys))
-            epoch, _, holder = next(words).partition(" ")
-            self._asked = _shard_in(names[0]), Commit(int(epoch), holder, next(words))
-        elif self._asked is not None and ' lua] "HSET" "auction:cursor:{' in line:
-            shard, commit = self._asked
-            if f'"commit" "{commit.commit_id}"' in line:
-                self.accepted[shard].append(commit)
-                self._asked = None
+            if '"auction:updates:{' in line:
+                words = _words(line)
+                keys = int(next(islice(words, 2, 3)))
+                names = list(islice(words, keys))
+                epoch, _, holder = next(words).partition(" ")
+                self._asked = _shard_in(names[0]), Commit(int(epoch), holder, next(words))
+        elif " lua] " not in line:
+            return
+        elif '] "HINCRBY" "auction:lease:{' in line and '"epoch"' in line:
+            shard = _shard_in(line)
+            self._leases[shard] = self._leases[shard][0] + 1, ""
+        elif '] "HSET" "auction:lease:{' in line and '"holder"' in line:
+            _, name, _, holder = islice(_words(line), 4)
+            self._leases[_shard_in(name)] = self._leases[_shard_in(name)][0], holder
+        elif self._asked is not None and '] "HSET" "auction:cursor:{' in line:
+            self._accept(line, *self._asked)
+
+    def _accept(self, line: str, shard: int, commit: Commit) -> None:
+        if f'"commit" "{commit.commit_id}"' not in line:
+            return
+        self._asked = None
+        self.accepted[shard].append(commit)
+        if (commit.epoch, commit.holder) != self._leases[shard]:
+            self.foreign.append(f"shard {shard}: {commit} while the lease was of {self._leases[shard]}")
 
     def _settle(self) -> None:
         if self._asked is not None:
             shard, commit = self._asked
-            self.superseded += shard in self.accepted and commit.epoch < self.accepted[shard][-1].epoch
+            self.refused += (commit.epoch, commit.holder) != self._leases[shard]
             self._asked = None
 
-    def foreign(self) -> list[str]:
-        """Commits that the fencing epoch should have stopped, as sentences."""
-        found = []
-        for shard, commits in sorted(self.accepted.items()):
-            holders: dict[int, str] = {}
-            highest = 0
-            for commit in commits:
-                holder = holders.setdefault(commit.epoch, commit.holder)
-                if holder != commit.holder or commit.epoch < highest:
-                    found.append(f"shard {shard}: {commit} after {holder}, and epoch {highest}")
-                highest = max(highest, commit.epoch)
-        return found
+    @property
+    def claims(self) -> int:
+        """How often a shard was claimed."""
+        return sum(epoch for epoch, _ in self._leases.values())
 
 
 def _words(line: str) -> Iterator[str]:
@@ -293,7 +303,7 @@ def judge(client: Redis, expected: Reference, seen: Witness, acknowledged: Mappi
         _judge_timer(client, auction_id, record, verdict)
     _judge_intake(client, expected, acknowledged, verdict)
     _judge_answers(client, expected, verdict)
-    for what in seen.foreign():
+    for what in seen.foreign:
         verdict.find("foreign", what)
     for shard in range(SHARDS):
         last: Any = client.hget(ShardKeys.of(shard).cursor, "commit")
