@@ -26,7 +26,7 @@ from benchmarks.fanout_client import BID_DIGITS
 from benchmarks.fanout_processes import GatewayProcess, Part, client, gateway_process
 from benchmarks.harness import Bench, bench, draft, report
 from benchmarks.intake import SHARDS, append, engine_process
-from benchmarks.machine import on_client_core, rss_bytes
+from benchmarks.machine import cpu_ns, on_client_core, rss_bytes
 from engine.domain.auction import Registration
 from engine.domain.events import Bid, Register
 from engine.domain.instants import MINUTE_MS, EpochMs
@@ -85,12 +85,21 @@ async def _round(
         )
         await ticking(watchers, sockets - opened["stuck"])
         await watchers.ask("measure")
+        used, since = (cpu_ns(gateway.pid), cpu_ns(watchers.pid)), time.monotonic_ns()
         async with _memory(gateway) as rss:
             placed = await bid(made, auctions, BIDS_PER_S[topology], seconds)
             await everyone_has(watchers, placed)
+            took = time.monotonic_ns() - since
+            of_gateway, of_client = cpu_ns(gateway.pid) - used[0], cpu_ns(watchers.pid) - used[1]
             cut = round(await gateway.counted(SLOW_CONSUMERS) - cut_before)
         found = await watchers.ask("report")
-    return found | {"stuck": opened["stuck"], "cut_with_4101": cut, "rss": rss, "bids_per_auction": placed}
+    return found | {
+        "stuck": opened["stuck"],
+        "cut_with_4101": cut,
+        "rss": rss,
+        "cpu": {"gateway": of_gateway / took, "client": of_client / took},
+        "bids_per_auction": placed,
+    }
 
 
 async def soft_closing(made: Bench, count: int, seconds: float) -> list[str]:
@@ -206,6 +215,9 @@ def _summed(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "readers_closed": closes,
         "stuck": [found["stuck"] for found in rounds],
         "cut_with_4101": [found["cut_with_4101"] for found in rounds],
+        "share_of_a_core": {
+            process: [round(found["cpu"][process], 2) for found in rounds] for process in ("gateway", "client")
+        },
         "gateway_rss_mb": {
             when: [round(found["rss"][when] / 1e6, 1) for found in rounds] for when in ("start", "max", "end")
         },

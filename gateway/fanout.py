@@ -6,8 +6,8 @@ else would happen. So writes are done in turns of at most `TURN` per pass of the
     frames ─▶ the rooms' queues ─▶ rooms take turns, `CHUNK` writes each: at once (`write`) while there is turn left,
                                    then in the passes that follow
 
-What a room was sent while nobody there has been written anything of it yet goes out together, in one write to each: a bid is
-told as two events and a tick, and a write costs the same for one frame as for three. Frames of one room stay in their order
+What a subscriber is to be sent, and has been written nothing of yet, goes out together, in one write: a bid is told as two
+events and a tick, and a write costs the same for one frame as for three. Frames of one room stay in their order
 for every subscriber. Of ticks that were not begun the newest stays, if no event came after it: an event tells more. Events
 are never left out; what reads them from Redis waits while too many frames are outstanding (`relieved`).
 """
@@ -66,33 +66,39 @@ class Fanout:
     def send(self, room: Room, frame: Frame, *, is_tick: bool, done: Callable[[], None] | None = None) -> None:
         """Send a frame to everyone in a room, at the next `write`; `done` is called when the last one has been written."""
         room.deliver_to_streams(frame, is_tick=is_tick)
-        job = self._open_job(room, [*room.writable, *room.lagging])
-        if job.tick is not None:
-            job.tick = None
-            self._outstanding -= len(job.targets)
-            self._conflated(len(job.targets))
-        if is_tick:
-            job.tick = frame.socket
-        else:
-            job.events.append(frame.socket)
+        targets = [*room.writable, *room.lagging]
+        for job in self._open_jobs(room, targets):
+            if job.tick is not None:
+                job.tick = None
+                self._outstanding -= len(job.targets)
+                self._conflated(len(job.targets))
+            if is_tick:
+                job.tick = frame.socket
+            else:
+                job.events.append(frame.socket)
         if done is not None:
             job.done.append(done)
-        self._outstanding += len(job.targets)
+        self._outstanding += len(targets)
         if self._outstanding > OUTSTANDING_MAX:
             self._relieved.clear()
         self._pass_soon()
 
-    def _open_job(self, room: Room, targets: list[Subscriber]) -> Job:
-        """The last job of a room, if it has not begun and goes to the same subscribers; else a new one."""
+    def _open_jobs(self, room: Room, targets: list[Subscriber]) -> list[Job]:
+        """The jobs that take one more frame for these subscribers, in their order in the room's queue."""
         queue = self._queues.get(room)
         if queue is None:
             queue = self._queues[room] = deque()
             self._turns.append(room)
-        elif not queue[-1].at and queue[-1].targets == targets:
-            return queue[-1]
-        job = Job(targets)
-        queue.append(job)
-        return job
+        elif queue[-1].targets == targets:
+            last = queue[-1]
+            if not last.at:
+                return [last]
+            # It is half-way: who waits for it is written both at once, then the others what they lack.
+            queue[-1] = Job(targets[last.at :], last.events.copy(), last.tick, last.done)
+            queue.append(Job(targets[: last.at]))
+            return [queue[-2], queue[-1]]
+        queue.append(Job(targets))
+        return [queue[-1]]
 
     def is_sending(self, room: Room) -> bool:
         """Whether somebody in the room is still to be sent something."""
