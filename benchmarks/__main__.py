@@ -9,7 +9,7 @@ from benchmarks.harness import run
 
 SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any], dict[str, Any]]] = {
     "closing": (closing.measure, {"auctions": 100}, {"auctions": 10}),
-    "engines": (engines.measure, {"seconds": 120.0, "auctions": 200}, {"seconds": 4.0, "auctions": 12}),
+    "engines": (engines.measure, {"seconds": 120.0, "auctions": 200, "runs": 3}, {"seconds": 4.0, "auctions": 12}),
     "fanout": (
         fanout.measure,
         {"sizes": [1_000, 10_000], "rounds": 9, "deliveries": 100_000},

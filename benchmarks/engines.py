@@ -1,6 +1,6 @@
 """Two engines under fire: killed, stopped and restarted at random while auctions run and close. Does the log explain all?
 
-    python -m benchmarks.engines --seconds 120 --auctions 200 --seed 7
+    python -m benchmarks.engines --seconds 120 --auctions 200 --seed 7 --runs 3
 
 Real processes: two `auction-timer engine` share eight shards of one Valkey. Each is, at random and without regard for the
 other, killed (SIGKILL), stopped for up to six seconds (SIGSTOP; a lease lasts one and a half) and continued, stopped and
@@ -333,15 +333,20 @@ async def _applied(client: Redis, made: Bench) -> Reference:
         await asyncio.sleep(0.5)
 
 
-async def measure(*, seconds: float, auctions: int, save: bool, seed: int | None = None) -> dict[str, Any]:
-    """One run as a table."""
-    verdict, measured = await one_run(
-        seconds=seconds, auctions=auctions, seed=random.randrange(2**32) if seed is None else seed
-    )
-    print("\n".join(f"{name:>22}  {value}" for name, value in measured.items() if name != "wrong"))
-    print("\n".join(f"{kind:>22}  {verdict.wrong[kind]}" for kind in CHECKS))
-    print("\n".join(verdict.findings), flush=True)
-    return report("engines", {"seconds": seconds, "auctions": auctions, "shards": SHARDS}, measured, save=save)
+async def measure(
+    *, seconds: float, auctions: int, save: bool, runs: int = 1, seed: int | None = None
+) -> dict[str, Any]:
+    """Runs in a row, each on a server of its own, as tables; the second has the seed of the first and one, and so on."""
+    first = random.randrange(2**32) if seed is None else seed
+    rows = []
+    for number in range(runs):
+        verdict, measured = await one_run(seconds=seconds, auctions=auctions, seed=first + number)
+        rows.append(measured)
+        shown = {name: value for name, value in measured.items() if name != "wrong"} | verdict.counts()
+        print("\n".join(f"{name:>12}  {value}" for name, value in shown.items()))
+        print("\n".join(verdict.findings), flush=True)
+    parameters = {"seconds": seconds, "auctions": auctions, "shards": SHARDS, "engines": len(ENGINES)}
+    return report("engines", parameters, {"runs": rows}, save=save)
 
 
 def main() -> None:
@@ -349,12 +354,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--auctions", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--seed", type=int, help="what is done to whom; drawn if it is not given")
     parser.add_argument("--no-save", action="store_true", help="print only, do not write benchmarks/results/")
     options = parser.parse_args()
-    made = run(measure(seconds=options.seconds, auctions=options.auctions, seed=options.seed, save=not options.no_save))
-    measured = made["measured"]
-    sys.exit(1 if any(measured["wrong"].values()) or measured["died"] or measured["tracebacks"] else 0)
+    made = run(
+        measure(
+            seconds=options.seconds,
+            auctions=options.auctions,
+            runs=options.runs,
+            seed=options.seed,
+            save=not options.no_save,
+        )
+    )
+    sys.exit(any(any(row["wrong"].values()) or row["died"] or row["tracebacks"] for row in made["measured"]["runs"]))
 
 
 if __name__ == "__main__":
