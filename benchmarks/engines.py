@@ -31,7 +31,7 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from benchmarks.engines_judge import CHECKS, SHARDS, Reference, Verdict, drained, judge, recorded, reference, witness
+from benchmarks.engines_judge import SHARDS, Reference, Verdict, drained, judge, recorded, reference, witness
 from benchmarks.harness import Bench, bench, percentiles, report, run
 from engine.clock_sync import ClockSync
 from engine.contract import intake
