@@ -35,7 +35,7 @@ SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any],
         {"auctions": 10_000, "seconds": 15.0},
         {"auctions": 200, "seconds": 0.5},
     ),
-    "recovery": (recovery.measure, {"timers": 100_000}, {"timers": 1_000}),
+    "recovery": (recovery.measure, {"sizes": [100_000, 1_000_000]}, {"sizes": [1_000]}),
 }
 """Each benchmark with its full size and its smoke size, in which the test suite runs it so that it cannot rot."""
 

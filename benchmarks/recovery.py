@@ -1,17 +1,24 @@
 """How long is an engine away? From its start to every live timer loaded and scheduled again.
 
+    python -m benchmarks recovery
+    python -m benchmarks.recovery URL TIMERS    the part that is measured: a process of its own, so that its memory is its own
+
 Floor: reading the same rows from the same server, pipelined, and throwing them away.
 """
 
 import asyncio
-import resource
+import json
+import os
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from benchmarks.harness import Bench, bench, report
+from benchmarks.harness import Bench, bench, report, run
+from benchmarks.machine import rss_bytes
 from engine.app import Engine, calm_collector
 from engine.clock import SystemClock
 from engine.contract.keys import ShardKeys, shard_of
@@ -28,28 +35,32 @@ from engine.store.redis import PAGE_MAX, RedisStore
 SHARDS = 8
 
 
-async def measure(*, timers: int, save: bool) -> dict[str, Any]:
-    """Load `timers` live timers."""
+async def measure(*, sizes: list[int], save: bool) -> dict[str, Any]:
+    """Load each number of live timers, on a server and in a process of its own."""
+    measured = {str(timers): await _measure(timers) for timers in sizes}
+    return report("recovery", {"timers": sizes, "shards": SHARDS}, measured, save=save)
+
+
+async def _measure(timers: int) -> dict[str, Any]:
     async with bench() as made:
         await _fill(made, timers)
-        floor_s = await _floor(made, timers)
-        before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        load_s = await _load(made, timers)
-        grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb
+        floor_s = await _floor(made)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "benchmarks.recovery", made.url, str(timers)),
+            cwd=Path(__file__).parent.parent,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        said, _ = await process.communicate()
+        loaded = json.loads(said.splitlines()[-1])
         used = await made.link.commands.info("memory")
-    return report(
-        "recovery",
-        {"timers": timers, "shards": SHARDS},
-        {
-            "load_s": round(load_s, 3),
-            "floor_s": round(floor_s, 3),
-            "ratio_to_floor": round(load_s / floor_s, 2),
-            "timers_per_s": round(timers / load_s),
-            "engine_bytes_per_timer": round(grown_kb * 1024 / timers),
-            "store_bytes_per_timer": round(int(used["used_memory"]) / timers),
-        },
-        save=save,
-    )
+    return {
+        "load_s": round(loaded["took_s"], 3),
+        "floor_s": round(floor_s, 3),
+        "ratio_to_floor": round(loaded["took_s"] / floor_s, 2),
+        "timers_per_s": round(timers / loaded["took_s"]),
+        "engine_bytes_per_timer": round(loaded["grown_bytes"] / timers),
+        "store_bytes_per_timer": round(int(used["used_memory"]) / timers),
+    }
 
 
 async def _fill(made: Bench, timers: int) -> None:
@@ -73,7 +84,7 @@ def _flat(fields: dict[str, str]) -> Iterator[str]:
         yield from pair
 
 
-async def _floor(made: Bench, timers: int) -> float:
+async def _floor(made: Bench) -> float:
     started = time.perf_counter()
     client = made.link.commands
     for shard in range(SHARDS):
@@ -87,18 +98,24 @@ async def _floor(made: Bench, timers: int) -> float:
     return time.perf_counter() - started
 
 
-async def _load(made: Bench, timers: int) -> float:
+async def _load(url: str, timers: int) -> dict[str, float]:
     calm_collector()
     clock = SystemClock()
-    link = RedisLink(made.url, clock)
-    settings = Settings.load(redis_url=made.url, shards=SHARDS, instance="bench")
+    link = RedisLink(url, clock)
+    settings = Settings.load(redis_url=url, shards=SHARDS, instance="bench")
     engine = Engine(RedisStore(link, clock), clock, settings, EngineMetrics(CollectorRegistry()), lambda: link.retries)
+    before = rss_bytes(os.getpid())
     started = time.perf_counter()
     running = asyncio.create_task(engine.run())
     while sum(len(shard.live) for shard in engine.shards.values() if shard.loaded) < timers:
         await asyncio.sleep(0.002)
     took = time.perf_counter() - started
+    grown = rss_bytes(os.getpid()) - before
     running.cancel()
     await asyncio.wait({running})
     await link.close()
-    return took
+    return {"took_s": took, "grown_bytes": grown}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(_load(sys.argv[1], int(sys.argv[2])))))
