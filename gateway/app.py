@@ -15,6 +15,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,6 +56,8 @@ from gateway.tokens import Authenticate, Tokens, tokens_of
 CALL_DEADLINE_MS: Final = 3_000
 """A caller on the other end waits: after this it is told 503 and comes again with the same ids."""
 DRAIN_WITHIN_S: Final = 5
+PAGES_SEND: Final = ("Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "Traceparent", "X-Correlation-Id")
+PAGES_READ: Final = ("ETag", "Location", "Retry-After", "X-Correlation-Id")
 CORRELATION_ID: Final = re.compile(r"[!-~]{1,128}")
 
 log = structlog.get_logger()
@@ -157,6 +160,15 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     app.add_middleware(Authenticate, tokens=tokens)
     app.add_middleware(Admit, admission=door.admission)
     app.add_middleware(Correlate, origins=door.origins)
+    if settings.allowed_origins:
+        # Outermost: a preflight carries no token, and no page reads an answer that does not name its origin.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(door.origins.allowed - {"*"}),
+            allow_methods=("GET", "POST", "PUT"),
+            allow_headers=PAGES_SEND,
+            expose_headers=PAGES_READ,
+        )
     gateway = Gateway(
         auction_clock,
         ClockSync(auction_clock, store.time_us, board=board, judged=metrics.clock.count),

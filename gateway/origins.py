@@ -18,12 +18,12 @@ class OriginRule:
     """
 
     def __init__(self, allowed: Sequence[str], *, loopback_only: bool) -> None:
-        self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
+        self.allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
         self._loopback_only = loopback_only
 
     def admits(self, origin: str | None, host: str | None) -> bool:
         """Whether a request with this `Origin` and `Host` may pass. Programs send no origin, and pass."""
-        if origin is None or origin.lower() in self._allowed:
+        if origin is None or origin.lower() in self.allowed:
             return True
         try:
             parts = urlsplit(origin.lower())

@@ -51,6 +51,25 @@ async def test_its_own_pages_and_named_ones_may() -> None:
             assert answer.json()["error_code"] == "MALFORMED_JSON"
 
 
+async def test_a_page_of_a_named_origin_may_read_the_answers() -> None:
+    """Preflight and answer name the origin, without a token; another origin, and a gateway that names none, say nothing."""
+    asked = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Headers": "authorization,content-type"}
+    async with front(allowed_origins=["https://Bids.example/", "*"]) as made:
+        page = {"Origin": "https://bids.example"}
+        preflight = await made.http.options("/offers/o-1/cancel", headers=page | asked)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://bids.example"
+        assert "PUT" in preflight.headers["access-control-allow-methods"]
+        answer = await made.http.get("/healthz", headers=page)
+        assert answer.headers["access-control-allow-origin"] == "https://bids.example"
+        assert "ETag" in answer.headers["access-control-expose-headers"]
+        foreign = {"Origin": "https://evil.example"}
+        assert (await made.http.options("/healthz", headers=foreign | asked)).status_code == 400
+        assert "access-control-allow-origin" not in (await made.http.get("/healthz", headers=foreign)).headers
+    async with front() as made:
+        assert "access-control-allow-origin" not in (await made.http.get("/healthz", headers=page)).headers
+
+
 async def test_wrong_methods_and_unknown_routes_are_problems() -> None:
     """405 names what is allowed; 404 says where the routes are described."""
     async with front() as made:
