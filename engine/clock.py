@@ -21,6 +21,7 @@ offset is 1,699,999,989.998 s, give or take 2 ms.
 """
 
 import asyncio
+import sys
 import time
 from collections import deque
 from typing import Final, NewType, Protocol
@@ -52,6 +53,13 @@ class Clock(Protocol):
         """This machine's own idea of the date: a witness, never an authority."""
         ...
 
+    def slept_ns(self) -> int | None:
+        """How long this machine has been asleep since it started, in ns: the monotonic time stands still meanwhile.
+
+        None where it cannot tell.
+        """
+        ...
+
     async def sleep_until(self, at: MonotonicNs, wake: asyncio.Event) -> None:
         """Return at `at`, or earlier when `wake` is set; early and late returns happen, so the caller looks again."""
         ...
@@ -65,6 +73,11 @@ class SystemClock:
 
     def wall_ms(self) -> EpochMs:
         return EpochMs(time.time_ns() // 1_000_000)
+
+    def slept_ns(self) -> int | None:
+        if sys.platform != "linux":
+            return None
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
 
     async def sleep_until(self, at: MonotonicNs, wake: asyncio.Event) -> None:
         delay_s = (at - time.monotonic_ns()) / 1e9

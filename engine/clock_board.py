@@ -33,6 +33,8 @@ class ClockBoard:
         self.name = f"{role}:{instance}"
         self._store = store
         self._clock = clock
+        self.is_used = False
+        """Whether anybody else had stated anything when it was last read."""
         self._seen: dict[str, tuple[bytes, MonotonicNs]] = {}
         self._moved: set[str] = set()
 
@@ -50,6 +52,7 @@ class ClockBoard:
         """
         try:
             stated = await self._store.stated_clocks()
+            self.is_used = bool(stated.keys() - {self.name})
             await self._look(stated)
         except (RedisError, StoreError, OSError) as error:
             log.debug("clocks_unread", error=str(error))

@@ -5,7 +5,10 @@ aloud: in the log once for each change, in the metrics, and to the other process
 
     authority odd     the sample is refused, the clock coasts; the reconciler corrects the authority
     wall odd          nothing follows; after a minute the wall clock is followed again from where it then is
-    monotonic odd     this process is wrong: it gives away what it holds, and takes up the authority again
+    monotonic odd     this machine slept: it gives away what it holds, and takes up the authority again
+
+A process that starts has no past to hold the authority against. If its own date differs, it listens for a while to those who
+have: should they find that the authority stepped, it takes their time instead.
 
 The wall clock is a witness of *steps*. Its distance from the auction clock is remembered while all three agree, so a
 host whose date is wrong by two seconds, but steadily, can still tell that the authority stepped.
@@ -20,7 +23,7 @@ from redis.exceptions import RedisError
 
 from engine.clock import AuctionClock, MonotonicNs
 from engine.clock_board import ClockBoard
-from engine.contract.clock_vote import STEP_US, ClockReport, Verdict, vote
+from engine.contract.clock_vote import STEP_US, ClockReport, Verdict, is_contradicted, vote
 from engine.pace import REALTIME
 from engine.store.protocol import StoreError
 
@@ -31,6 +34,10 @@ WALL_RETURNS_NS: Final = 60_000_000_000
 """A wall clock that stays odd for a minute was set on purpose: from then on it is a witness again, as it stands."""
 OUTVOTED_AFTER_NS: Final = 4_000_000_000
 """Four looks of the others: a step of the authority they would have noticed by then as well."""
+ASK_AROUND_NS: Final = 3_500_000_000
+"""Long enough to hear everybody who lives twice, and for a step just before the start to be noticed by them."""
+ASK_AROUND_EVERY_S: Final = 0.05
+"""A statement is a sample of its author's clock that is uncertain by half of this."""
 OTHERS_MIN: Final = 2
 """So many others at least, to be believed more than two witnesses of our own."""
 
@@ -44,6 +51,8 @@ class Witnesses:
         self._clock = clock
         self._wall_ahead_us: int | None = None
         """How far the auction clock was ahead of the wall clock when all three last agreed."""
+        self._slept_ns = 0
+        """How long this machine had slept then."""
         self._wall_odd_since: MonotonicNs | None = None
         self._last = Verdict.NONE
         self.said = Verdict.NONE
@@ -53,7 +62,9 @@ class Witnesses:
         """What the witnesses say of an authority that read `authority_us` between `sent` and `received`."""
         authority_us, wall_us, monotonic_us = self._now(sent, received, authority_us)
         slack_us = self._clock.slack_us((received - sent) // 2_000)
-        return vote(authority_us, wall_us, monotonic_us, slack_us=slack_us)
+        slept_ns = self._clock.clock.slept_ns()
+        slept_us = None if slept_ns is None else (slept_ns - self._slept_ns) // 1_000
+        return vote(authority_us, wall_us, monotonic_us, slack_us=slack_us, slept_us=slept_us)
 
     def look(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> None:
         """Take one look, before the sample is observed."""
@@ -67,12 +78,17 @@ class Witnesses:
         """The estimate was given up for the authority: what was said is over."""
         self._last = self.said = Verdict.NONE
 
+    def begin_anew(self) -> None:
+        """The estimate was given up for that of others: where the wall clock stands beside it is seen at the next look."""
+        self._wall_ahead_us = None
+        self.forgive()
+
     def _now(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> tuple[int, int, int]:
         """The three clocks in one instant, in microseconds."""
         machine = self._clock.clock
         monotonic_us, wall_us, now = self._clock.now_us(), machine.wall_ms() * 1_000, machine.monotonic_ns()
         if self._wall_ahead_us is None:
-            self._wall_ahead_us = monotonic_us - wall_us
+            self._wall_ahead_us, self._slept_ns = monotonic_us - wall_us, machine.slept_ns() or 0
         return authority_us + (now - (sent + received) // 2) // 1_000, wall_us + self._wall_ahead_us, monotonic_us
 
     def _follow_wall(self, verdict: Verdict, now: MonotonicNs) -> None:
@@ -83,6 +99,8 @@ class Witnesses:
         self._wall_odd_since = None
         if verdict in (Verdict.NONE, Verdict.WALL, Verdict.NO_MAJORITY):
             self._wall_ahead_us = self.wall_ahead_us()
+        if verdict is Verdict.NONE:
+            self._slept_ns = self._clock.clock.slept_ns() or 0
 
     def wall_ahead_us(self) -> int:
         """How far the auction clock is ahead of this machine's date, in microseconds."""
@@ -164,6 +182,32 @@ class ClockSync:
         apart_us = self.witnesses.wall_ahead_us()
         if abs(apart_us) > STEP_US:
             log.warning("wall_clock_differs", by_ms=apart_us // 1_000, advice="check time synchronisation of this host")
+            if self._board is not None:
+                await self._ask_around(self._board)
+
+    async def _ask_around(self, board: ClockBoard) -> None:
+        """Take the time of those who coast, if they are more than those who are in step with the authority."""
+        machine = self._clock.clock
+        began = previous = machine.monotonic_ns()
+        heard: dict[str, ClockReport] = {}
+        samples: dict[str, tuple[MonotonicNs, MonotonicNs]] = {}
+        while machine.monotonic_ns() - began < ASK_AROUND_NS:
+            asked = machine.monotonic_ns()
+            living = await board.others()
+            if not board.is_used:
+                return
+            for name in living:
+                if name not in heard or heard[name].at != living[name].at:
+                    samples[name] = (previous, machine.monotonic_ns())
+            heard, previous = living, asked
+            await asyncio.sleep(ASK_AROUND_EVERY_S)
+        coasting = [name for name, report in heard.items() if report.verdict is Verdict.AUTHORITY]
+        if not is_contradicted(Verdict.AUTHORITY, [report.verdict for report in heard.values()]) and coasting:
+            name = min(coasting, key=lambda name: samples[name][1] - samples[name][0])
+            before_us = self._clock.now_us()
+            self._clock.adopt(*samples[name], heard[name].at * 1_000)
+            self.witnesses.begin_anew()
+            log.warning("clock_taken_over", of=name, moved_ms=(self._clock.now_us() - before_us) // 1_000)
 
     async def run(self, observed: Callable[[float], None] = lambda _ms: None) -> None:
         """Keep the clock in step until cancelled; `observed` gets the estimate's error, in ms."""
@@ -213,6 +257,6 @@ _ADVICE: Final = {
     Verdict.NONE: "all witnesses agree again",
     Verdict.AUTHORITY: "Redis and this host disagree by over 250 ms: check time synchronisation of the Redis host",
     Verdict.WALL: "the date of this host was set: check its time synchronisation",
-    Verdict.MONOTONIC: "this host stood still or slept: its shards are given away until its clock is in step",
+    Verdict.MONOTONIC: "this host slept: its shards are given away until its clock is in step",
     Verdict.NO_MAJORITY: "three clocks differ by over 250 ms each: check time synchronisation of both hosts",
 }

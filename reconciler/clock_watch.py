@@ -122,7 +122,8 @@ class ClockWatch:
         if offset_ms is None or (track.asked is not None and received - track.asked < INTERVAL_NS):
             return
         verdicts = [report.verdict for report in others.values()]
-        if is_contradicted(Verdict.AUTHORITY, verdicts):
+        # What others say is about the clock that all look at. Another node of a Cluster may be wrong all the same.
+        if self._witnesses.said is Verdict.AUTHORITY and is_contradicted(Verdict.AUTHORITY, verdicts):
             log.warning("clock_correction_withheld", shard=shard, offset_ms=offset_ms, others=len(verdicts))
             track.offsets_ms.clear()
             return

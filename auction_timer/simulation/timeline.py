@@ -101,6 +101,8 @@ class ManualClock:
         self._origin_ns = self._random.randrange(10**15)
         self._wall_ms = BORN_MS + self._random.randrange(-200, 200)
         self._hostile = hostile
+        self.slept_ms = 0
+        """For how long the monotonic clock stood still, as far as the machine knows."""
 
     def monotonic_ns(self) -> MonotonicNs:
         now_ns = self.timeline.now_ns
@@ -108,6 +110,9 @@ class ManualClock:
 
     def wall_ms(self) -> EpochMs:
         return EpochMs(self._wall_ms + self.timeline.now_ns // 1_000_000)
+
+    def slept_ns(self) -> int | None:
+        return self.slept_ms * 1_000_000
 
     def step_wall(self, ms: int) -> None:
         """Somebody sets the date."""

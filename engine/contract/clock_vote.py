@@ -7,8 +7,12 @@ read in the same instant. Two that agree outvote the third (architecture section
     12.000      12.000   12.000      none
     22.000      12.000   12.000      authority        the date of the Redis host was set: coast
     12.000      22.000   12.000      wall             the date of this machine was set: nothing follows from it
-    22.000      22.000   12.000      monotonic        this machine slept: take up the authority again
+    22.000      22.000   12.000      monotonic        this machine slept for 10 s: take up the authority again
+    22.000      22.000   12.000      authority        it did not sleep: Redis runs on it, and has the date that was set
     22.000      32.000   12.000      no majority      coast
+
+The fourth and the fifth differ in what the machine knows of its own sleep. With Redis on the same machine its date and
+the authority are one witness, and following them would close auctions early whenever somebody puts the clock forward.
 """
 
 from dataclasses import dataclass
@@ -33,7 +37,9 @@ class Verdict(StrEnum):
     NO_MAJORITY = "no_majority"
 
 
-def vote(authority_us: int, wall_us: int, monotonic_us: int, *, slack_us: int = 0) -> Verdict:
+def vote(
+    authority_us: int, wall_us: int, monotonic_us: int, *, slack_us: int = 0, slept_us: int | None = None
+) -> Verdict:
     """The odd one out by more than 250 ms, in microseconds since the Unix epoch.
 
     Two that differ are only held against each other if neither agrees with the third: along a slow drift each neighbour
@@ -41,6 +47,7 @@ def vote(authority_us: int, wall_us: int, monotonic_us: int, *, slack_us: int = 
 
     Args:
         slack_us: by how much more the authority may be off because its answer was on its way.
+        slept_us: how long the machine slept since the three last agreed, as it counts itself; None if it cannot tell.
     """
     near_wall = abs(authority_us - wall_us) <= STEP_US + slack_us
     near_monotonic = abs(authority_us - monotonic_us) <= STEP_US + slack_us
@@ -53,7 +60,8 @@ def vote(authority_us: int, wall_us: int, monotonic_us: int, *, slack_us: int = 
         case False, True, False:
             return Verdict.WALL
         case True, False, False:
-            return Verdict.MONOTONIC
+            awake = slept_us is not None and abs(authority_us - monotonic_us - slept_us) > STEP_US + slack_us
+            return Verdict.AUTHORITY if awake else Verdict.MONOTONIC
         case _:
             return Verdict.NONE
 

@@ -116,6 +116,7 @@ def test_an_engine_that_slept_gives_its_shards_away_first() -> None:
             # To a machine that slept for ten seconds the world looks ten seconds later: authority and wall clock alike.
             world.authority.step(STEP_MS)
             sleeper.clock.clock.step_wall(STEP_MS)  # type: ignore[attr-defined]
+            sleeper.clock.clock.slept_ms = STEP_MS  # type: ignore[attr-defined]
             held: list[tuple[bool, bool, bool]] = []
             for _ in range(80):
                 await passes(0.1)

@@ -229,10 +229,11 @@ def sleep_of(rig: Rig, ms: int) -> None:
     """To a machine that slept, the world is later than its monotonic clock says: Redis and its own date agree on that."""
     rig.authority.step(ms)
     rig.machine.step_wall(ms)
+    rig.machine.slept_ms += ms
 
 
 @pytest.mark.requirement("R12")
-@pytest.mark.parametrize("slept_ms", [1_000, 3_600_000, -3_600_000])
+@pytest.mark.parametrize("slept_ms", [1_000, 60_000, 3_600_000])
 def test_a_machine_that_slept_takes_up_the_authority(slept_ms: int) -> None:
     """Its own extrapolation is what is odd, so the estimate jumps, within two looks."""
     rig = Rig()
@@ -343,3 +344,93 @@ def test_an_authority_that_is_away_is_missed_for_as_long_as_it_is() -> None:
     assert [line["event"] for line in lines] == ["clock_sample_failed"] * 5
     assert len(observed) >= 18
     assert abs(rig.error_us) <= 201
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.requirement("B1")
+@pytest.mark.parametrize("step_ms", [10_000, -10_000, 3_600_000])
+def test_a_date_that_redis_shares_is_not_followed(step_ms: int) -> None:
+    """On one machine with Redis both dates are set at once: the machine did not sleep, so no time has passed by that."""
+    rig = Rig()
+
+    def jump(second: int) -> None:
+        if second == 5:
+            rig.authority.step(step_ms)
+            rig.machine.step_wall(step_ms)
+
+    running(rig, 10, jump)
+    assert rig.sync.verdict is Verdict.AUTHORITY
+    assert rig.sync.in_step
+    assert abs(rig.error_us + step_ms * 1_000) <= 500
+
+
+@pytest.mark.requirement("R12")
+def test_a_machine_that_cannot_tell_believes_two_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the length of a sleep is unknown the vote stands."""
+    rig = Rig()
+    monkeypatch.setattr(rig.machine, "slept_ns", lambda: None)
+
+    def jump(second: int) -> None:
+        if second == 5:
+            rig.authority.step(10_000)
+            rig.machine.step_wall(10_000)
+
+    running(rig, 10, jump)
+    assert abs(rig.error_us) <= 500
+
+
+def started_beside(rig: Rig, verdicts: list[Verdict], *, talks: bool = True) -> list[str]:
+    """Start a process while the authority is 10 s ahead, beside others whose time is right; what was logged."""
+
+    async def scenario() -> None:
+        rig.authority.step(10_000)
+        starting = asyncio.create_task(rig.sync.start())
+        for _ in range(5):
+            for n, verdict in enumerate(verdicts):
+                right = EpochMs((rig.authority() - 10_000_000) // 1_000)
+                told = ClockReport("engine", 0, 0, 0, 0, verdict, right if talks else EpochMs(7))
+                rig.store.clocks[f"engine:e-{n}"] = told.encode()
+            await asyncio.sleep(1)
+        await starting
+
+    with capture_logs() as lines:
+        run(rig.line, scenario)
+    return [line["event"] for line in lines]
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.requirement("B1")
+@pytest.mark.parametrize("verdicts", [[Verdict.AUTHORITY], [Verdict.AUTHORITY, Verdict.AUTHORITY, Verdict.NONE]])
+def test_who_starts_while_the_authority_is_wrong_takes_the_time_of_the_others(verdicts: list[Verdict]) -> None:
+    """Their statements are samples of the right time, and from then on it coasts as they do."""
+    rig = Rig()
+    assert started_beside(rig, verdicts) == ["wall_clock_differs", "clock_taken_over"]
+    assert abs(rig.error_us + 10_000_000) <= 60_000
+    run(rig.line, lambda: looks(rig))
+    assert rig.sync.verdict is Verdict.AUTHORITY
+
+
+async def looks(rig: Rig) -> None:
+    """Some samples."""
+    for _ in range(3):
+        await rig.sync.sample()
+
+
+@pytest.mark.requirement("R12")
+@pytest.mark.parametrize(
+    ("verdicts", "talks"),
+    [([], True), ([Verdict.NONE, Verdict.NONE, Verdict.AUTHORITY], True), ([Verdict.AUTHORITY] * 3, False)],
+)
+def test_who_starts_with_a_wrong_date_believes_the_authority(verdicts: list[Verdict], talks: bool) -> None:
+    """Where nobody else is there, most are in step with it, or only the dead had found it wrong."""
+    rig = Rig()
+    assert started_beside(rig, verdicts, talks=talks) == ["wall_clock_differs"]
+    assert abs(rig.error_us) <= 500
+
+
+def test_a_start_with_the_right_date_asks_nobody() -> None:
+    """It takes no longer because others are there."""
+    rig = Rig()
+    rig.store.clocks["engine:e-1"] = b"{}"
+    run(rig.line, rig.sync.start)
+    assert rig.line.now_ns < 1_000_000_000

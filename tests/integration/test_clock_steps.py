@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -62,25 +63,30 @@ def free_port() -> int:
 
 
 class World:
-    """A server, an engine, a gateway and a reconciler. `server_date` and `engine_date` can be set."""
+    """A server, an engine, a gateway and a reconciler. `server_date` and `engine_date` can be set.
 
-    def __init__(self, directory: Path) -> None:
+    On `one_machine` the server's date is that of all.
+    """
+
+    def __init__(self, directory: Path, *, one_machine: bool = False) -> None:
         self._directory = directory
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.metrics_ports = {"engine": free_port(), "reconciler": free_port()}
         self.server_date = Date(directory, "server")
-        self.engine_date = Date(directory, "engine")
+        self.engine_date = self.server_date if one_machine else Date(directory, "engine")
+        self._others_env = self.server_date.env if one_machine else {}
         self.server = Server(VALKEY, self.server_date.env)
         self._listener = listen("127.0.0.1", 0)
         self.url = url_of(self._listener)
         self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=10)
 
-    def start(self, role: str, *options: str, **env: str) -> None:
+    def start(self, role: str, *options: str, instance: str = "one") -> None:
         """Start a role."""
+        env = self.engine_date.env if role == "engine" else self._others_env
         clean = {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
         settings = {
             "AUCTION_TIMER_SHARDS": str(SHARDS),
-            "AUCTION_TIMER_INSTANCE": "one",
+            "AUCTION_TIMER_INSTANCE": instance,
             "AUCTION_TIMER_DATA_DIR": str(self._directory / "data"),
         }
         if role in self.metrics_ports:
@@ -98,15 +104,30 @@ class World:
 
     async def begin(self) -> None:
         """Start everything, and wait until it works."""
-        self.start("engine", **self.engine_date.env)
+        self.start("engine")
         self.start("reconciler")
         self.start("gateway", "--parent", str(os.getpid()), "--fd", str(self._listener.fileno()))
-        await until(lambda: self.http.get("/readyz").status_code == 200, "the gateway is ready")
+        await until(self._is_ready, "the gateway is ready")
         self._listener.close()
         # Each of the three has said twice how its clock is: it has witnesses, and so have the others.
         await until(lambda: len(self.stated()) == 3, "every process has stated its clock")
         before = self.stated()
         await until(lambda: all(clock["at"] > before[name]["at"] for name, clock in self.stated().items()), "and again")
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/readyz", timeout=1).status_code == 200
+        return False
+
+    def signal(self, role: str, number: signal.Signals) -> None:
+        """Send a signal to a role."""
+        self._processes[role].send_signal(number)
+
+    def replace_engine(self) -> None:
+        """Kill the engine, and start one of another name."""
+        self._processes["engine"].kill()
+        self._processes["engine"].wait()
+        self.start("engine", instance="two")
 
     def logged(self, role: str) -> str:
         """What a role has said."""
@@ -186,14 +207,21 @@ class World:
         self.server.stop()
 
 
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    made = World(tmp_path)
+@contextlib.asynccontextmanager
+async def running(directory: Path, *, one_machine: bool = False) -> AsyncIterator[World]:
+    """A world at work for the duration of a block."""
+    made = World(directory, one_machine=one_machine)
     try:
         await made.begin()
         yield made
     finally:
         made.end()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with running(tmp_path) as made:
+        yield made
 
 
 class Sale:
@@ -261,13 +289,19 @@ async def play(world: World, *, step: Callable[[], None], ends_in_s: list[float]
     print("closed after ms:", [round(sale.closes[0]) for sale in sales])
 
 
+async def corrected(world: World, step_s: int) -> int:
+    """Wait until every shard has the one offset that undoes a step; that offset."""
+    await until(lambda: world.offsets() != {0} and len(world.offsets()) == 1, "every shard is corrected")
+    (offset_ms,) = world.offsets()
+    assert abs(offset_ms + step_s * 1_000) <= 100
+    return offset_ms
+
+
 @pytest.mark.parametrize("step_s", STEPS_S)
 async def test_the_date_of_redis_is_set_and_set_back(world: World, step_s: int) -> None:
     """Everybody coasts and names Redis; every shard gets one correction, audited; then all agree, also after the way back."""
-    await play(world, step=lambda: world.server_date.set(step_s), ends_in_s=[0.8, 1.5, 3, 5, 7, 9])
-    await until(lambda: world.offsets() != {0} and len(world.offsets()) == 1, "every shard is corrected")
-    (offset_ms,) = world.offsets()
-    assert abs(offset_ms + step_s * 1_000) <= 50
+    await play(world, step=lambda: world.server_date.set(step_s), ends_in_s=[0.8, 1.5, 3, 5, 7])
+    offset_ms = await corrected(world, step_s)
     assert world.audited() == [[offset_ms]] * SHARDS
     assert sorted(fields[b"shard"] for fields in world.recorded()) == [b"0", b"1"]
     assert world.metric("reconciler", 'auctions_timer_corrections_total{kind="clock"}') == SHARDS
@@ -282,6 +316,8 @@ async def test_the_date_of_redis_is_set_and_set_back(world: World, step_s: int) 
     await until(lambda: world.verdicts() == {"none"}, "all clocks agree again")
     assert [len(corrections) for corrections in world.audited()] == [2] * SHARDS
     assert world.metric("engine", "auctions_timer_early_closes_total") == 0
+    assert world.metric("reconciler", "auctions_audit_archive_refused_events") == 0
+    assert "drift_found" not in world.logged("reconciler"), "nothing else was taken for damage"
 
 
 @pytest.mark.parametrize("step_s", STEPS_S)
@@ -300,3 +336,33 @@ async def test_the_date_of_an_engine_is_set(world: World, step_s: int) -> None:
     world.engine_date.set(0)
     await until(lambda: world.verdicts() == {"none"}, "all clocks agree again")
     assert (world.offsets(), world.audited(), world.recorded()) == ({0}, [[]] * SHARDS, [])
+
+
+@pytest.mark.parametrize("step_s", [10, -3_600])
+async def test_the_date_of_the_one_machine_is_set(tmp_path: Path, step_s: int) -> None:
+    """Redis and every process have the same wrong date: the machine did not sleep, so nobody follows, and it is corrected."""
+    async with running(tmp_path, one_machine=True) as world:
+        await play(world, step=lambda: world.server_date.set(step_s), ends_in_s=[0.8, 1.5, 3, 5, 7])
+        offset_ms = await corrected(world, step_s)
+        assert world.audited() == [[offset_ms]] * SHARDS
+        assert world.odd("engine", "authority") >= 2
+        assert world.odd("engine", "monotonic") == 0
+
+
+@pytest.mark.requirement("R10")
+@pytest.mark.parametrize("step_s", [10, -10])
+async def test_an_engine_that_starts_while_redis_is_wrong(world: World, step_s: int) -> None:
+    """Nobody corrects the step for a while, and the engine dies: the next one takes the time of who was there before."""
+    world.signal("reconciler", signal.SIGSTOP)
+
+    def step() -> None:
+        world.server_date.set(step_s)
+        world.replace_engine()
+
+    await play(world, step=step, ends_in_s=[8, 9.5, 11])
+    assert world.offsets() == {0}
+    assert "clock_taken_over" in world.logged("engine")
+    world.signal("reconciler", signal.SIGCONT)
+    offset_ms = await corrected(world, step_s)
+    assert world.audited() == [[offset_ms]] * SHARDS
+    await until(lambda: world.verdicts() == {"none"}, "all clocks agree again")

@@ -73,6 +73,24 @@ def test_nobody_is_named_who_agrees_with_another(authority: int, wall: int, mono
         assert named in (Verdict.NONE, Verdict.MONOTONIC)
 
 
+@pytest.mark.parametrize(
+    ("slept_us", "named"),
+    [
+        (None, Verdict.MONOTONIC),
+        (10 * S, Verdict.MONOTONIC),
+        (10 * S - STEP_US, Verdict.MONOTONIC),
+        (10 * S - STEP_US - 1, Verdict.AUTHORITY),
+        (0, Verdict.AUTHORITY),
+        (3_600 * S, Verdict.AUTHORITY),
+    ],
+)
+def test_only_a_sleep_explains_a_monotonic_clock_that_is_late(slept_us: int | None, named: Verdict) -> None:
+    """A machine that knows that it was awake knows that its date was set, and that Redis has the same one."""
+    assert vote(NOON + 10 * S, NOON + 10 * S, NOON, slept_us=slept_us) is named
+    assert vote(NOON, NOON + 10 * S, NOON, slept_us=slept_us) is Verdict.WALL
+    assert vote(NOON + 10 * S, NOON, NOON, slept_us=slept_us) is Verdict.AUTHORITY
+
+
 def test_an_answer_that_was_long_on_its_way_names_nobody() -> None:
     """What the round trip can explain is no step."""
     assert vote(NOON + 2 * S, NOON, NOON, slack_us=2 * S) is Verdict.NONE
