@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from engine.clock import SystemClock
+from engine.clock_sync import ClockSync
 from engine.contract.keys import shard_of
 from engine.contract.timers import to_fields
 from engine.domain.instants import EpochMs
@@ -45,8 +46,9 @@ async def asked_of(link: RedisLink) -> dict[str, int]:
 @pytest.mark.requirement("R6", "R16")
 async def test_a_thousand_pollers_cost_redis_nothing(valkey_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conditional and plain polls of five auctions, twice each: not one command more than for nobody."""
-    # The beats of a gateway are scripts like its readings, so the count could not tell them apart.
+    # What a gateway does every second, asked or not, are commands like its readings: the count could not tell them apart.
     monkeypatch.setattr(Attendance, "run", lambda _self: asyncio.Event().wait())
+    monkeypatch.setattr(ClockSync, "run", lambda _self, _observed: asyncio.Event().wait())
     settings = Settings(_env_file=None, redis_url=valkey_server.url, shards=2)
     clock = SystemClock()
     link = RedisLink(valkey_server.url, clock, call_deadline_ms=3_000)
