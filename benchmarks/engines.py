@@ -342,8 +342,8 @@ async def measure(
     for number in range(runs):
         verdict, measured = await one_run(seconds=seconds, auctions=auctions, seed=first + number)
         rows.append(measured)
-        shown = {name: value for name, value in measured.items() if name != "wrong"} | verdict.counts()
-        print("\n".join(f"{name:>12}  {value}" for name, value in shown.items()))
+        print("\n".join(f"{name:>18}  {value}" for name, value in measured.items() if name != "wrong"))
+        print("\n".join(f"{'wrong ' + kind:>18}  {count}" for kind, count in verdict.counts().items()))
         print("\n".join(verdict.findings), flush=True)
     parameters = {"seconds": seconds, "auctions": auctions, "shards": SHARDS, "engines": len(ENGINES)}
     return report("engines", parameters, {"runs": rows}, save=save)

@@ -31,7 +31,15 @@ from engine.contract.intake import (
     decode,
 )
 from engine.contract.offers import BOUND_TO_AUCTION, CANCELLED_BEFORE_START, auction_bound_in
-from engine.contract.timers import CorruptTimerError, TimerRecord, from_fields, moving_fields, timer, to_fields
+from engine.contract.timers import (
+    CorruptTimerError,
+    TimerRecord,
+    checksum,
+    from_fields,
+    moving_fields,
+    timer,
+    to_fields,
+)
 from engine.domain.auction import Auction
 from engine.domain.correction import correct, true_one
 from engine.domain.decide import Decision, Fact
@@ -132,7 +140,7 @@ class Journal:
         operations = self._batch.operations
         for auction_id, record in self.after.items():
             fields = to_fields(record) if auction_id in self._whole else moving_fields(record.auction)
-            operations.append(PutTimer(auction_id, fields))
+            operations.append(PutTimer(auction_id, fields | {"checksum": checksum(record.auction)}))
             operations.append(_place(record.auction))
             offer_id = record.auction.registration.offer.offer_id if record.auction.registration else None
             if record.auction.status.is_terminal and offer_id:

@@ -74,6 +74,7 @@ class EngineMetrics:
         self.trigger_lag_ms = made.histogram(catalogue.TRIGGER_LAG)
         self.intake_lag = made.gauge(catalogue.INTAKE_LAG)
         self.commit_conflicts = made.counter(catalogue.COMMIT_CONFLICTS)
+        self.held = made.counter(catalogue.HELD)
         self.store_retries = made.counter(catalogue.STORE_RETRIES)
         self.parked = made.gauge(catalogue.PARKED)
         self.extensions = {

@@ -20,9 +20,10 @@ from engine.clock import AuctionClock
 from engine.contract.intake import CommandType, Context, Discard, IntakeEvent, Outage, Retry, SchemaError
 from engine.contract.offers import auction_bound_in
 from engine.contract.timers import CorruptTimerError, Holding, TimerRecord, mark
+from engine.domain.auction import Auction
 from engine.domain.correction import VERSION_MAX
 from engine.domain.decide import Decision, Fact
-from engine.domain.events import ReachDeadline, Register, TimeEvent
+from engine.domain.events import Register
 from engine.domain.fold import next_due
 from engine.domain.instants import EpochMs
 from engine.domain.outage import OVERLAP_MS_MAX, is_hit
@@ -128,6 +129,8 @@ class Shard:
             records = []
             for record in page:
                 if isinstance(record, CorruptTimerError):
+                    # Held: it neither closes nor moves until the reconciler has restored it from the log.
+                    self.metrics.held.inc()
                     log.error("timer_unreadable", shard=self.number, error=str(record))
                 else:
                     live[record.auction.auction_id] = record
@@ -264,9 +267,12 @@ class Shard:
             return horizon
         return EpochMs(min(horizon, ends_at - 1))
 
-    def _is_held(self, due: tuple[EpochMs, TimeEvent]) -> bool:
-        """Whether a close waits for a gateway: for a moment, and then the commit is asked again."""
-        if self._held_until is None or not isinstance(due[1], ReachDeadline) or due[0] <= self._attended_until:
+    def _is_held(self, auction: Auction, due_at: EpochMs) -> bool:
+        """Whether a close waits for a gateway: for a moment, and then the commit is asked again.
+
+        What is due at the end closes, be it that the window opens there: it may have no length.
+        """
+        if self._held_until is None or due_at < auction.ends_at or due_at <= self._attended_until:
             return False
         return self.clock.now_ms() < self._held_until
 
@@ -287,7 +293,7 @@ class Shard:
         for auction_id in self.due:
             record = self.live.get(auction_id)
             due = next_due(record.auction) if record else None
-            if due is not None and self._is_held(due):
+            if record is not None and due is not None and self._is_held(record.auction, due[0]):
                 assert self._held_until is not None
                 self.calendar.wake_at(auction_id, self._held_until)
             elif due is not None and due[0] <= horizon:

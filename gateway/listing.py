@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import orjson
 
-from engine.contract.timers import TimerRecord
+from engine.contract.timers import TimerRecord, UnsealedTimerError
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.protocol import Group, Placed, ViewStore
@@ -124,7 +124,8 @@ async def _row(
     merged, by_shard = await next_places(store, shards, group, after, count)
     timers: dict[str, TimerRecord] = {}
     answers = await asyncio.gather(*(store.timers(shard, ids) for shard, ids in by_shard.items()))
-    for records in answers:
+    for found in answers:
+        records = [each.record if isinstance(each, UnsealedTimerError) else each for each in found]
         timers |= {record.auction.auction_id: record for record in records if isinstance(record, TimerRecord)}
     return [(timers.get(placed.auction_id), placed) for placed, _ in merged]
 

@@ -103,7 +103,7 @@ def compare(shard: int, views: Views, now: EpochMs) -> list[Drift]:
         return list(_without_log(shard, views))
     found: list[Drift] = []
     found += _of_log(shard, auction_id, told, now)
-    found += _of_hash(shard, auction_id, told, views.standing.record)
+    found += _of_hash(shard, auction_id, told, views.standing)
     found += _of_place(shard, auction_id, told.lawful, views.standing.scores)
     if not found and views.tick is not None:
         found += _of_tick(shard, auction_id, told, views.tick)
@@ -133,11 +133,10 @@ def _of_log(shard: int, auction_id: str, told: Told, now: EpochMs) -> Iterator[D
         )
 
 
-def _of_hash(
-    shard: int, auction_id: str, told: Told, record: TimerRecord | CorruptTimerError | None
-) -> Iterator[Drift]:
-    said = told.record
-    if record == said:
+def _of_hash(shard: int, auction_id: str, told: Told, standing: Standing) -> Iterator[Drift]:
+    said, record = told.record, standing.record
+    # With a wrong checksum an engine would not believe it, however right it is.
+    if record == said and standing.sealed:
         return
     after = str(said.auction.ends_at)
     if record is None:
@@ -160,8 +159,8 @@ def _of_hash(
         str(record.auction.ends_at),
         after,
         moved,
-        _severity(moved, other=differing.keys() - {"ends_at"}),
-        {"found_and_right": differing},
+        _severity(moved, other=differing.keys() - {"ends_at"} or not standing.sealed),
+        {"found_and_right": differing, "sealed": standing.sealed},
     )
 
 

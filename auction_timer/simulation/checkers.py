@@ -11,6 +11,7 @@ may have been told of something that is lost; what it then must be told is that 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import orjson
@@ -20,7 +21,7 @@ from auction_timer.simulation.witness import Witness
 from engine.contract import audit
 from engine.contract.cursors import Cursor, stream_order
 from engine.contract.frames import is_frame
-from engine.contract.intake import IntakeEvent, SchemaError, decode
+from engine.contract.intake import IntakeEvent, Outage, SchemaError, decode
 from engine.contract.keys import shard_of
 from engine.domain.auction import Auction
 from engine.domain.decide import Decision
@@ -28,12 +29,15 @@ from engine.domain.events import Bid, Cancel, InputEvent, Register
 from engine.domain.fold import elapse, fold
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
+from engine.domain.outage import extend_over
 from engine.store.memory import MemoryStore, ShardMemory
 from engine.store.protocol import Entry, Group, UpdateEntry
 
 STAMP_BOUND_MS: Final = 250
 EXTENSION_MS: Final = 15 * 60 * 1_000
 TOTAL_MS: Final = 24 * 60 * 60 * 1_000
+LEFT_MS: Final = 5_000
+"""So much of its closing window an outage may take without giving it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,9 @@ def no_bid_ignored(evidence: Evidence) -> list[str]:
     return found
 
 
+_MOVES_THE_END: Final = ("auction_timer_extended", "auction_timer_extended_for_outage", "auction_timer_rescheduled")
+
+
 def caps(evidence: Evidence) -> list[str]:
     """An extension moves the end by at most 15 min, all of them by at most 24 h and the policy's own cap (R15)."""
     found = []
@@ -137,7 +144,7 @@ def caps(evidence: Evidence) -> list[str]:
             details = orjson.loads(record["details"])
             if kind == "auction_timer_resumed":
                 paused_ms[auction_id] += details["paused_ms"]
-            if kind not in ("auction_timer_extended", "auction_timer_rescheduled"):
+            if kind not in _MOVES_THE_END:
                 continue
             fields = memory.timers[auction_id]
             policy_ms = orjson.loads(fields["policy"])["total_cap_ms"]
@@ -145,7 +152,7 @@ def caps(evidence: Evidence) -> list[str]:
             if details["ends_at"] > last:
                 found.append(f"{auction_id}: the end moved to {details['ends_at']}, past the last one allowed, {last}")
             moved_ms = details["ends_at"] - details["previous_ends_at"]
-            if kind == "auction_timer_extended" and not 0 < moved_ms <= EXTENSION_MS:
+            if kind != "auction_timer_rescheduled" and not 0 < moved_ms <= EXTENSION_MS:
                 found.append(f"{auction_id}: one extension moved the end by {moved_ms} ms")
     return found
 
@@ -166,24 +173,46 @@ def audit_is_the_fold(evidence: Evidence) -> list[str]:
         for entry in memory.events:
             folded.apply(entry)
         folded.elapse(EpochMs(memory.last_at))
-        written: defaultdict[str, list[tuple[str, ...]]] = defaultdict(list)
-        for record in memory.audit:
-            if not record["event_type"].startswith("OPERATOR_"):
-                written[record["auction_id"]].append(tuple(record[name] for name in _WRITTEN))
-        for auction_id in sorted(written.keys() | folded.facts.keys()):
-            if written[auction_id] != folded.facts[auction_id]:
-                at, was, wanted = _first_difference(written[auction_id], folded.facts[auction_id])
-                found.append(f"{auction_id}: record {at} is {was}, the fold says {wanted}")
-        for auction_id, auction in folded.auctions.items():
-            fields = memory.timers.get(auction_id, {})
-            stands = (fields.get("status"), fields.get("version"), fields.get("ends_at"))
-            wanted_stand = (auction.status.value, str(auction.version), str(auction.ends_at))
-            if auction.version and stands != wanted_stand:
-                found.append(f"{auction_id}: the store says {stands}, the fold {wanted_stand}")
+        found += _against_the_fold(memory, folded, evidence.witness.misled)
     return found
 
 
+def _against_the_fold(memory: ShardMemory, folded: "Fold", misled: set[str]) -> list[str]:
+    """A correction states anew what stands, and counts as a version: then the other records are judged without theirs."""
+    found = []
+    corrected: set[str] = set()
+    written: defaultdict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for record in memory.audit:
+        if record["event_type"] == "auction_timer_corrected":
+            corrected.add(record["auction_id"])
+        elif not record["event_type"].startswith("OPERATOR_"):
+            written[record["auction_id"]].append(tuple(record[name] for name in _WRITTEN))
+    for auction_id in sorted((written.keys() | folded.facts.keys()) - misled):
+        facts, wanted_facts = written[auction_id], folded.facts[auction_id]
+        if auction_id in corrected:
+            versions = [int(fact[_VERSION]) for fact in facts if fact[_VERSION]]
+            if versions != sorted(versions):
+                found.append(f"{auction_id}: the versions of its records are not in order")
+            facts, wanted_facts = _without_versions(facts), _without_versions(wanted_facts)
+        if facts != wanted_facts:
+            at, was, wanted = _first_difference(facts, wanted_facts)
+            found.append(f"{auction_id}: record {at} is {was}, the fold says {wanted}")
+    for auction_id in folded.auctions.keys() - misled:
+        auction, fields = folded.auctions[auction_id], memory.timers.get(auction_id, {})
+        version = fields.get("version") if auction_id in corrected else str(auction.version)
+        stands = (fields.get("status"), fields.get("version"), fields.get("ends_at"))
+        wanted_stand = (auction.status.value, version, str(auction.ends_at))
+        if auction.version and stands != wanted_stand:
+            found.append(f"{auction_id}: the store says {stands}, the fold {wanted_stand}")
+    return sorted(found)
+
+
 _WRITTEN: Final = ("event_type", "prev_status", "new_status", "version", "occurred_at", "event_id")
+_VERSION: Final = _WRITTEN.index("version")
+
+
+def _without_versions(facts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    return [fact[:_VERSION] + fact[_VERSION + 1 :] for fact in facts]
 
 
 class Fold:
@@ -198,6 +227,10 @@ class Fold:
     def apply(self, entry: Entry) -> None:
         """One entry, in the order of the log."""
         event = _readable(entry)
+        if event is not None and isinstance(event.event, Outage):
+            for auction in list(self.auctions.values()):
+                for decision in extend_over(auction, event.event.since, event.event.until, event.event.extension_ms):
+                    self._keep(decision, entry.event_id)
         if event is None or not isinstance(event.event, InputEvent):
             return
         assert entry.at is not None
@@ -322,6 +355,100 @@ def one_holder_per_epoch(evidence: Evidence) -> list[str]:
     return found
 
 
+def outages(evidence: Evidence) -> list[str]:
+    """What no gateway could write to for too long is told once; who lost time near the end by it has it back once (B8)."""
+    found = []
+    limits = evidence.store.limits
+    for shard, memory in evidence.shards.items():
+        attended = evidence.witness.shards[shard].attended
+        gaps = [(before, after) for before, after in pairwise(attended) if after - before > limits.outage_ms]
+        told = _outages(memory)
+        for entry, outage in told:
+            near = [gap for gap in pairwise(attended) if _is_near(gap, (outage.since, outage.until))]
+            if not near:
+                found.append(f"shard {shard}: {entry.event_id} was told, and there was no such outage")
+        for gap in gaps:
+            times = sum(_is_near(gap, (outage.since, outage.until)) for _, outage in told)
+            if times > 1 or (times == 0 and gap[1] - gap[0] > limits.outage_ms + 2 * STAMP_BOUND_MS):
+                found.append(f"shard {shard}: the outage {gap} was told {times} times")
+        found += _given_back_once(memory, told)
+    return found
+
+
+def _given_back_once(memory: ShardMemory, told: list[tuple[Entry, Outage]]) -> list[str]:
+    found = []
+    given: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    lives: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+    for record in memory.audit:
+        if record["event_type"] == "auction_timer_extended_for_outage":
+            given[record["intake_id"], record["auction_id"]].append(orjson.loads(record["details"]))
+        if record["event_id"] and record["version"]:
+            lives[record["auction_id"]].append(record)
+    for entry, outage in told:
+        for auction_id, records in lives.items():
+            wanted = _given_back(memory.timers[auction_id], records, entry, outage)
+            got = given.pop((entry.stream_id, auction_id), [])
+            shown = [{name: details[name] for name in wanted} if wanted else details for details in got]
+            if shown != ([wanted] if wanted else []):
+                found.append(f"{auction_id}: for {entry.event_id} it was given {got}, and not {wanted}")
+    return found + [f"{auction_id} was extended for an outage that nobody told" for _, auction_id in given]
+
+
+def _outages(memory: ShardMemory) -> list[tuple[Entry, Outage]]:
+    events = [(entry, _readable(entry)) for entry in memory.events if entry.event_id.startswith("outage-")]
+    return [(entry, event.event) for entry, event in events if event is not None and isinstance(event.event, Outage)]
+
+
+def _is_near(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return all(abs(left - right) <= 2 * STAMP_BOUND_MS for left, right in zip(one, other, strict=True))
+
+
+def _given_back(fields: dict[str, str], records: list[dict[str, str]], entry: Entry, outage: Outage) -> dict[str, Any]:
+    """What an outage must have given an auction, by the records of what was asked before it; {} for nothing.
+
+    Time itself need not be looked at: what it had ended before the outage lies outside of it.
+    """
+    if not fields["policy"] or int(fields["starts_at"]) >= outage.until:
+        return {}
+    policy = orjson.loads(fields["policy"])
+    ends_at = original = int(fields["original_ends_at"])
+    status, paused_ms, place = "", 0, stream_order(entry.stream_id)
+    for record in records:
+        if stream_order(record["intake_id"]) < place:
+            details = orjson.loads(record["details"])
+            ends_at, status = details.get("ends_at", ends_at), record["new_status"]
+            paused_ms += details.get("paused_ms", 0)
+    opens_at = max(int(fields["starts_at"]), ends_at - policy["soft_close_window_ms"])
+    if (
+        status in ("PAUSED", "ENDED", "CANCELLED")
+        or min(outage.until, ends_at) - max(outage.since, opens_at) <= LEFT_MS
+    ):
+        return {}
+    cap = original + paused_ms + min(policy["total_cap_ms"], TOTAL_MS)
+    given = min(max(ends_at, outage.until) + outage.extension_ms, ends_at + EXTENSION_MS, max(cap, ends_at))
+    if given == ends_at:
+        return {}
+    return {
+        "reason": "outage",
+        "previous_ends_at": ends_at,
+        "ends_at": given,
+        "outage_since": outage.since,
+        "outage_until": outage.until,
+    }
+
+
+def damage(evidence: Evidence) -> list[str]:
+    """Whatever was changed by hand is put right by the first pass that can, and nothing of it stands in the end (R12)."""
+    found = []
+    for harm in evidence.witness.damages:
+        what = f"{harm.auction_id}: {harm.kind} at {harm.since_ms}"
+        if harm.overlooked:
+            found.append(f"{what} stood there still when the next pass began")
+        if harm.stands(evidence.store.shards[harm.shard]):
+            found.append(f"{what} stands there in the end")
+    return found
+
+
 def nobody_fell(evidence: Evidence) -> list[str]:
     """No process ended by itself: whatever goes wrong around it, it goes on."""
     return [f"{name} ended by itself" for name in evidence.witness.ended_by_themselves]
@@ -335,6 +462,8 @@ CHECKERS: Final[dict[str, Callable[[Evidence], list[str]]]] = {
     "audit is the fold of the intake": audit_is_the_fold,
     "every client converged": convergence,
     "one holder per epoch": one_holder_per_epoch,
+    "outages are given back once": outages,
+    "damage is repaired": damage,
     "nobody fell": nobody_fell,
 }
 

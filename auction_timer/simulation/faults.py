@@ -3,6 +3,9 @@
     crash            an engine or a gateway is killed between any two of its steps; it is there again a little later
     pause            an engine makes no step for a while (SIGSTOP), then goes on with what it remembers
     outage           nobody reaches the store
+    unattended       no gateway reaches the store: what nobody can bid in gets its time back (B8)
+    damage           by hand: an entry among the deadlines is deleted or moved, a field of a hash changed, an end pushed past
+                     its cap
     lost suffix      a failover: every connection breaks, and some shards stand where they stood a little earlier
     authority step   the authority's clock is set, by up to 100 ms for good, or by seconds to an hour until somebody mends it
     wall step        the date of a machine is set
@@ -19,10 +22,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
+from auction_timer.simulation.damage import HARMS
 from auction_timer.simulation.network import Fate, Network, copy_of
-from auction_timer.simulation.processes import EngineProcess, GatewayProcess, Process
+from auction_timer.simulation.processes import EngineProcess, GatewayProcess, Process, ReconcilerProcess
 from auction_timer.simulation.timeline import Authority
 from engine.domain.instants import HOUR_MS
+from engine.store.protocol import Group
 
 WANDER_US_MAX: Final = 100_000
 WANDER_PPM: Final = 50
@@ -38,15 +43,17 @@ class Trouble:
     """Faults of the plan, not counting single calls."""
     outage_ms: int
     """The longest time that anything is away, frozen or far off."""
+    unattended_ms: int
+    """The longest time in which no gateway reaches the store."""
     lost_ms: int
     """The longest suffix that a failover loses."""
     calls: float
     """The part of all calls that fail too."""
 
 
-SMALL_TROUBLE: Final = Trouble(events=5, outage_ms=4_000, lost_ms=3_000, calls=0.03)
-WEEK_TROUBLE: Final = Trouble(events=280, outage_ms=300_000, lost_ms=60_000, calls=0.003)
-NO_TROUBLE: Final = Trouble(events=0, outage_ms=0, lost_ms=0, calls=0.0)
+SMALL_TROUBLE: Final = Trouble(events=6, outage_ms=4_000, unattended_ms=12_000, lost_ms=3_000, calls=0.03)
+WEEK_TROUBLE: Final = Trouble(events=280, outage_ms=300_000, unattended_ms=1_200_000, lost_ms=60_000, calls=0.003)
+NO_TROUBLE: Final = Trouble(events=0, outage_ms=0, unattended_ms=0, lost_ms=0, calls=0.0)
 
 
 class Weather:
@@ -89,6 +96,7 @@ class Faults:
         authority: Authority,
         engines: list[EngineProcess],
         gateways: list[GatewayProcess],
+        reconciler: ReconcilerProcess,
         weather: Weather,
     ) -> None:
         self._random = random
@@ -97,6 +105,7 @@ class Faults:
         self._authority = authority
         self._engines = engines
         self._gateways = gateways
+        self._reconciler = reconciler
         self._weather = weather
         self._far_off = 0
         self._in_step = asyncio.Event()
@@ -114,9 +123,14 @@ class Faults:
             self._crash_engine,
             self._crash_engine,
             self._crash_gateway,
+            self._crash_reconciler,
             self._pause,
             self._pause,
             self._outage,
+            self._unattended,
+            self._unattended,
+            self._damage,
+            self._damage,
             self._lose_suffix,
             self._lose_suffix,
             self._step_authority,
@@ -149,7 +163,7 @@ class Faults:
 
     async def revive(self) -> None:
         """Start every process that has ended by itself: a supervisor would."""
-        for process in (*self._engines, *self._gateways):
+        for process in (*self._engines, *self._gateways, self._reconciler):
             if not process.is_running:
                 await self._start(process)
 
@@ -179,6 +193,9 @@ class Faults:
     async def _crash_gateway(self) -> None:
         await self._crash(self._random.choice(self._gateways))
 
+    async def _crash_reconciler(self) -> None:
+        await self._crash(self._reconciler)
+
     async def _pause(self) -> None:
         engine, for_ms = self._random.choice(self._engines), self._for_ms()
         if engine.is_frozen or not engine.is_running:
@@ -196,6 +213,24 @@ class Faults:
         self._network.break_connections()
         await asyncio.sleep(self._for_ms() / 1_000)
         self._network.away = False
+
+    async def _unattended(self) -> None:
+        network = self._network
+        if network.cut_off:
+            return
+        self._fault("unattended")
+        network.cut_off = {gateway.name for gateway in self._gateways}
+        await asyncio.sleep(self._random.uniform(0.4, 1.0) * self._trouble.unattended_ms / 1_000)
+        network.cut_off = set()
+
+    async def _damage(self) -> None:
+        network = self._network
+        shard = self._random.choice(list(network.witness.shards))
+        memory = network.store.shards[shard]
+        standing = sorted([*memory.groups[Group.LIVE], *memory.groups[Group.PAUSED]])
+        if standing:
+            harm = self._random.choice(HARMS)
+            network.witness.damaged(harm(memory, shard, self._random.choice(standing), network.line.now_ms))
 
     async def _lose_suffix(self) -> None:
         network, store, witness = self._network, self._network.store, self._network.witness
@@ -217,7 +252,7 @@ class Faults:
                 continue  # another failover came between: what we remember was lost by it
             # The ids of a stream go on from the clock of the new primary: what was lost is not called the same again.
             memory.serial = was.serial
-            witness.lost(shard, mark, was.updates)
+            witness.lost(shard, mark, was.updates, memory)
             store.shards[shard] = memory
         await asyncio.sleep(self._for_ms() / 1_000)
         network.away = False

@@ -11,16 +11,18 @@ The store itself is `MemoryStore`, driven in one step per call, so every call is
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeVar, cast
 
 from auction_timer.simulation.timeline import Timeline
 from auction_timer.simulation.witness import Witness
 from engine.contract.timers import CorruptTimerError, TimerRecord
 from engine.domain.instants import EpochMs
+from engine.store.limits import StoreLimits
 from engine.store.memory import MemoryStore, ShardMemory
 from engine.store.protocol import (
     Appended,
+    AuditEntry,
     Batch,
     CommitResult,
     Draft,
@@ -28,7 +30,9 @@ from engine.store.protocol import (
     Group,
     Lease,
     News,
+    Observed,
     Placed,
+    ShardClock,
     ShardHead,
     StoreUnavailableError,
     UpdateEntry,
@@ -69,6 +73,7 @@ class Network:
         store: MemoryStore,
         witness: Witness,
         fate: Callable[[str, bool], Fate],
+        limits: StoreLimits,
         idle_ms: int = 0,
     ) -> None:
         self.line = line
@@ -77,7 +82,10 @@ class Network:
         self.fate = fate
         self._idle_ms = idle_ms
         self._reconnect_ms = max(RECONNECT_MS, idle_ms / 30)
+        self.limits = limits
         self.away = False
+        self.cut_off: set[str] = set()
+        """Processes of which no new request arrives."""
         self.generation = 0
         """How often every connection broke."""
         self._waiting: dict[asyncio.Future[Any], str] = {}
@@ -102,7 +110,7 @@ class Network:
             StoreUnavailableError: no answer came.
         """
         future = self._ask(process)
-        if self.away:
+        if self.away or process in self.cut_off:
             self._fail_in(self._reconnect_ms, future)
             return cast(T, await future)
         fate = self.fate(name, writes)
@@ -139,7 +147,7 @@ class Network:
             StoreUnavailableError: no answer came.
         """
         future = self._ask(process)
-        if self.away:
+        if self.away or process in self.cut_off:
             self._fail_in(self._reconnect_ms, future)
             return cast(T, await future)
         fate = self.fate(name, False)
@@ -241,13 +249,18 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
 
 
 class Link:
-    """Implements `Intake`, `ShardStore` and `ViewStore` for one process, over a network."""
+    """Implements `Intake`, `ShardStore`, `ViewStore` and `ReconcilerStore` for one process, over a network.
 
-    def __init__(self, network: Network, process: str, incarnation: str) -> None:
+    Args:
+        attends: whether what this process writes proves that producers can write: it is a gateway.
+    """
+
+    def __init__(self, network: Network, process: str, incarnation: str, *, attends: bool = False) -> None:
         self._network = network
         self._store = network.store
         self._process = process
         self._incarnation = incarnation
+        self._limits = replace(network.limits, attendant=process if attends else "")
         self._dead = False
         self._generation: int | None = None
         self.connections = 0
@@ -286,8 +299,11 @@ class Link:
         """See `Intake`."""
 
         def effect() -> list[Appended]:
+            self._store.limits = self._limits
             answer = at_once(self._store.append(shard, drafts, est, command_id, by_operator=by_operator))
             self._network.witness.appended(shard, answer)
+            if self._limits.attendant:
+                self._network.witness.attended(shard, est, begins=not drafts)
             return answer
 
         return await self._call("append", effect, writes=True)
@@ -297,7 +313,7 @@ class Link:
 
         def effect() -> CommitResult:
             answer = at_once(self._store.commit(batch))
-            self._network.witness.committed(self._incarnation, batch, answer)
+            self._network.witness.committed(self._incarnation, batch, answer, self._store.shards[batch.shard])
             return answer
 
         return await self._call("commit", effect, writes=True)
@@ -368,6 +384,7 @@ class Link:
         """See `ShardStore`."""
 
         def pages() -> list[list[TimerRecord | CorruptTimerError]]:
+            self._network.witness.loaded(shard)
             found: list[list[TimerRecord | CorruptTimerError]] = []
             reading = self._store.live(shard)
             while True:
@@ -439,6 +456,42 @@ class Link:
     async def is_appended(self, shard: int, command_id: str) -> bool:
         """See `ViewStore`."""
         return await self._call("is_appended", lambda: at_once(self._store.is_appended(shard, command_id)))
+
+    async def shard_clock(self, shard: int) -> ShardClock:
+        """See `ClockStore`."""
+        return await self._call("shard_clock", lambda: at_once(self._store.shard_clock(shard)))
+
+    async def state_clock(self, name: str, body: bytes) -> None:
+        """See `ClockStore`."""
+        await self._call("state_clock", lambda: at_once(self._store.state_clock(name, body)))
+
+    async def stated_clocks(self) -> dict[str, bytes]:
+        """See `ClockStore`."""
+        return await self._call("stated_clocks", lambda: at_once(self._store.stated_clocks()))
+
+    async def forget_clock(self, name: str) -> None:
+        """See `ClockStore`."""
+        await self._call("forget_clock", lambda: at_once(self._store.forget_clock(name)))
+
+    async def audit_entries(self, shard: int, after: str, count: int) -> list[AuditEntry]:
+        """See `AuditStore`."""
+        return await self._call("audit_entries", lambda: at_once(self._store.audit_entries(shard, after, count)))
+
+    async def audit_length(self, shard: int) -> int:
+        """See `AuditStore`."""
+        return await self._call("audit_length", lambda: at_once(self._store.audit_length(shard)))
+
+    async def trim_audit(self, shard: int, before: str) -> None:
+        """See `AuditStore`."""
+        await self._call("trim_audit", lambda: at_once(self._store.trim_audit(shard, before)))
+
+    async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
+        """See `ReconcilerStore`."""
+        return await self._call("observe", lambda: at_once(self._store.observe(shard, auction_ids)))
+
+    async def record_reconciliation(self, fields: Mapping[str, str]) -> None:
+        """See `ReconcilerStore`."""
+        await self._call("record_reconciliation", lambda: at_once(self._store.record_reconciliation(fields)))
 
     def ticks(self, shards: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         """See `ViewStore`."""

@@ -18,10 +18,13 @@ from engine.clock_sync import ClockSync
 from engine.metrics import EngineMetrics
 from engine.pace import Pace
 from engine.settings import Settings
-from engine.store.protocol import StoreUnavailableError
+from engine.store.protocol import Lease, StoreUnavailableError
+from gateway.attendance import Attendance
 from gateway.feeds import EventFeed, TickFeed
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
+from reconciler.loop import Limits, Reconciler, Report
+from reconciler.metrics import ReconcilerMetrics
 
 START_AGAIN_S = 0.5
 """A gateway whose store is away when it starts tries again so often."""
@@ -29,6 +32,9 @@ START_AGAIN_S = 0.5
 
 class Process:
     """What can be started, killed and frozen. One object is one machine; each start of it is a new incarnation."""
+
+    attends = False
+    """See `Link`."""
 
     def __init__(self, name: str, network: Network, random: Random, *, hostile: bool) -> None:
         self.name = name
@@ -49,7 +55,7 @@ class Process:
         """A new incarnation, which knows nothing."""
         assert self._task is None
         incarnation = f"{self.name}#{next(self._lives)}"
-        self.link = Link(self.network, self.name, incarnation)
+        self.link = Link(self.network, self.name, incarnation, attends=self.attends)
         context = contextvars.copy_context()
         context.run(PROCESS.set, self.name)
         self._task = asyncio.get_running_loop().create_task(self._live(incarnation), name=incarnation, context=context)
@@ -129,12 +135,24 @@ class EngineProcess(Process):
 class GatewayProcess(Process):
     """A gateway: its clock, its hub and its feeds. Producers send through it, clients watch in it."""
 
+    attends = True
+
     def __init__(
-        self, name: str, network: Network, random: Random, shards: int, pace: Pace, *, hostile: bool, ticks: bool
+        self,
+        name: str,
+        network: Network,
+        random: Random,
+        shards: int,
+        pace: Pace,
+        *,
+        beat_s: float,
+        hostile: bool,
+        ticks: bool,
     ) -> None:
         super().__init__(name, network, random, hostile=hostile)
         self._shards = shards
         self._pace = pace
+        self._beat_s = beat_s
         self._ticks = ticks
         self.auction_clock: AuctionClock
         self.hub: Hub | None = None
@@ -159,12 +177,102 @@ class GatewayProcess(Process):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(sync.run())
                 tasks.create_task(feed.run())
+                tasks.create_task(self._attend())
                 if self._ticks:
                     tasks.create_task(TickFeed(self.link, hub, self._shards).run())
         finally:
             self.hub = None
             for farewell in list(self.farewells):
                 farewell()
+
+    async def _attend(self) -> None:
+        """As `Attendance.run` does, at the pace of this simulation."""
+        attendance = Attendance(self.link, self.auction_clock, self._shards)
+        while True:
+            with contextlib.suppress(StoreUnavailableError):
+                await attendance.beat()
+            await asyncio.sleep(self._beat_s)
+
+
+class ReconcilerProcess(Process):
+    """A reconciler.
+
+    Args:
+        whole: whether all of it runs. Where days pass only its passes do: it looks for heartbeats twice a second otherwise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        random: Random,
+        shards: int,
+        pace: Pace,
+        limits: Limits,
+        *,
+        hostile: bool,
+        whole: bool,
+    ) -> None:
+        super().__init__(name, network, random, hostile=hostile)
+        self._shards = shards
+        self._pace = pace
+        self._limits = limits
+        self._whole = whole
+
+    async def _work(self) -> None:
+        clock = AuctionClock(self.clock)
+        sync = ClockSync(clock, self.link.time_us, every_s=self._pace.sample_every_s)
+        reconciler = _WitnessedReconciler(
+            self.link,
+            _ReconcilerLease(self.link),
+            None,
+            clock,
+            ReconcilerMetrics(CollectorRegistry()),
+            holder=self.name,
+            shards=self._shards,
+            limits=self._limits,
+        )
+        reconciler.network = self.network
+        await sync.start()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(sync.run())
+            tasks.create_task(reconciler.run() if self._whole else self._passes(reconciler))
+
+    async def _passes(self, reconciler: Reconciler) -> None:
+        while True:
+            await asyncio.sleep(self._limits.interval_ms / 1_000)
+            with contextlib.suppress(StoreUnavailableError):
+                await reconciler.make_pass()
+
+
+class _WitnessedReconciler(Reconciler):
+    """The witness hears of each of its passes."""
+
+    network: Network
+
+    async def make_pass(self, *, repairing: bool = True) -> Report:
+        network = self.network
+        found = network.witness.pass_begins(network.store.shards)
+        report = await super().make_pass(repairing=repairing)
+        requested = sum(finding.action == "requested" for finding in report.findings)
+        network.witness.pass_ends(found, requested)
+        return report
+
+
+class _ReconcilerLease:
+    """Implements `LeaseStore` for the one "shard" 0 of reconcilers, in a place where no shard is."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def claim(self, _shard: int, holder: str, seen: Lease | None) -> Lease:
+        return await self._link.claim(-1, holder, seen)
+
+    async def renew(self, _shard: int, holder: str, epoch: int) -> bool:
+        return await self._link.renew(-1, holder, epoch)
+
+    async def release(self, _shard: int, holder: str, epoch: int) -> None:
+        await self._link.release(-1, holder, epoch)
 
 
 def _innermost(error: BaseException) -> BaseException:

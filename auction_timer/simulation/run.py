@@ -16,15 +16,17 @@ from auction_timer.simulation.checkers import CHECKERS, Evidence
 from auction_timer.simulation.clients import Client
 from auction_timer.simulation.faults import NO_TROUBLE, SMALL_TROUBLE, WEEK_TROUBLE, Faults, Trouble, Weather
 from auction_timer.simulation.network import Network
-from auction_timer.simulation.processes import EngineProcess, GatewayProcess
+from auction_timer.simulation.processes import EngineProcess, GatewayProcess, ReconcilerProcess
 from auction_timer.simulation.timeline import BORN_MS, Authority, Timeline
 from auction_timer.simulation.witness import Witness
 from auction_timer.simulation.workload import SMALL, WEEK, Scale, Workload
-from engine.domain.instants import HOUR_MS, SECOND_MS
+from engine.domain.instants import HOUR_MS, MINUTE_MS, SECOND_MS
 from engine.pace import Pace
 from engine.settings import Settings
+from engine.store.limits import StoreLimits
 from engine.store.memory import MemoryStore
 from engine.store.protocol import Group
+from reconciler.loop import Limits
 
 DAY_MS: Final = 24 * HOUR_MS
 FAULTS_PER_DAY: Final = 40
@@ -49,6 +51,10 @@ class Plan:
     client_stays_s: float = 6.0
     idle_ms: int = 0
     """See `Network`."""
+    beat_s: float = 1.0
+    """Between two proofs of a gateway that producers can write."""
+    limits: StoreLimits = field(default_factory=lambda: StoreLimits(outage_extension_ms=3_000))
+    reconcile_ms: int = 1_000
     ticks: bool = True
     """Whether gateways listen to the tick lane. Engines tick in any case."""
     hostile: bool = True
@@ -90,6 +96,9 @@ def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> 
         clients=auctions,
         client_stays_s=6 * 3_600.0,
         idle_ms=60_000,
+        beat_s=60.0,
+        limits=StoreLimits(outage_ms=300_000, outage_extension_ms=2 * MINUTE_MS),
+        reconcile_ms=5 * MINUTE_MS,
         ticks=False,
         hostile=False,
     )
@@ -149,7 +158,8 @@ class _Simulation:
         self._store = MemoryStore(self._authority)
         self._witness = Witness(line, plan.shards)
         self._weather = Weather(self._random("network"), plan.trouble.calls, answers_take_time=plan.hostile)
-        network = Network(line, self._store, self._witness, self._weather, plan.idle_ms)
+        network = Network(line, self._store, self._witness, self._weather, plan.limits, plan.idle_ms)
+        self._store.limits = plan.limits
         # Not from the environment: a seed must repeat everywhere.
         settings = Settings.model_construct(
             shards=plan.shards,
@@ -172,11 +182,22 @@ class _Simulation:
                 self._random(f"gateway {n}"),
                 plan.shards,
                 plan.pace,
+                beat_s=plan.beat_s,
                 hostile=plan.hostile,
                 ticks=plan.ticks,
             )
             for n in range(plan.gateways)
         ]
+        self._reconciler = ReconcilerProcess(
+            "reconciler",
+            network,
+            self._random("reconciler"),
+            plan.shards,
+            plan.pace,
+            Limits(plan.reconcile_ms, repairs_max=100, lease_ms=plan.lease_ms, heartbeat_ms=plan.heartbeat_ms),
+            hostile=plan.hostile,
+            whole=plan.ticks,
+        )
         self._faults = Faults(
             self._random("faults"),
             plan.trouble,
@@ -184,6 +205,7 @@ class _Simulation:
             self._authority,
             self._engines,
             self._gateways,
+            self._reconciler,
             self._weather,
         )
         self._workload = Workload(
@@ -205,7 +227,7 @@ class _Simulation:
         return Random(f"{self._plan.seed} {what}")  # noqa: S311 - a sequence that a seed repeats
 
     async def run(self) -> Outcome:
-        for process in (*self._engines, *self._gateways):
+        for process in (*self._engines, *self._gateways, self._reconciler):
             process.start()
         watching = [asyncio.create_task(client.watch()) for client in self._clients]
         wandering = asyncio.create_task(self._faults.wander())
@@ -217,7 +239,7 @@ class _Simulation:
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, wandering, return_exceptions=True)
-            for process in (*self._gateways, *self._engines):
+            for process in (self._reconciler, *self._gateways, *self._engines):
                 await process.stop()
         return self._outcome()
 
@@ -244,6 +266,7 @@ class _Simulation:
         counts = dict(self._witness.counts)
         records = [record["event_type"] for memory in evidence.shards.values() for record in memory.audit]
         counts["closes"] = records.count("auction_timer_ended")
+        counts["extensions for outages"] = records.count("auction_timer_extended_for_outage")
         counts["extensions"] = records.count("auction_timer_extended")
         counts["closes lost by failovers"] = sum(
             len(commit.closes) for history in self._witness.shards.values() for commit in history.lost

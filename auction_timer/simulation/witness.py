@@ -4,13 +4,14 @@ It only writes down. Every line also goes into the trace, whose hash is the same
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 from auction_timer.simulation.timeline import Timeline
 from engine.domain.decide import Fact
 from engine.domain.instants import EpochMs
+from engine.store.memory import ShardMemory
 from engine.store.protocol import Appended, Batch, CommitResult, Committed, Lease, Record, UpdateEntry
 
 
@@ -40,6 +41,27 @@ class Mark:
     """A place in what happened to a shard, to fall back to."""
 
     commits: int
+    attended: int
+
+
+@dataclass(slots=True)
+class Damage:
+    """Something of an auction that was changed by hand, behind everybody's back."""
+
+    kind: str
+    shard: int
+    auction_id: str
+    stands: Callable[[ShardMemory], bool]
+    """Whether a shard still shows it."""
+    since_ms: EpochMs
+    """When it was done, or came back with a failover; true time."""
+    misleads: bool
+    """Whether an engine that starts while it stands believes something wrong."""
+    open: bool = True
+    looked: int = 0
+    """Passes of the reconciler that began with it there, and with an engine that had nothing else to do."""
+    overlooked: bool = False
+    """It stood there still when a pass began after another had gone by."""
 
 
 @dataclass(slots=True)
@@ -50,6 +72,8 @@ class ShardHistory:
     lost: list[Commit] = field(default_factory=list)
     lanes: list[list[UpdateEntry]] = field(default_factory=list)
     """The event lane as it stood before each failover."""
+    attended: list[EpochMs] = field(default_factory=list)
+    """When gateways wrote to the shard, by their clocks."""
 
 
 class Witness:
@@ -61,6 +85,9 @@ class Witness:
         self.shards = {shard: ShardHistory() for shard in range(shards)}
         self.faults: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.damages: list[Damage] = []
+        self.misled: set[str] = set()
+        """Auctions that an engine took from a damaged hash."""
         self.ended_by_themselves: list[str] = []
         """Processes that stopped without having been told to."""
 
@@ -84,12 +111,27 @@ class Witness:
             self.counts["events accepted" if answer.accepted else "events repeated"] += 1
             self.note(f"append {shard} {answer.event_id} {answer.accepted} {answer.at}")
 
+    def attended(self, shard: int, est: EpochMs, *, begins: bool) -> None:
+        """A gateway wrote to the shard, at `est` by its clock; the first beat begins the count.
+
+        A request may be late or come twice: it proves that somebody could write when it was sent.
+        """
+        attended = self.shards[shard].attended
+        if attended or begins:
+            attended.append(max([est, *attended[-1:]]))
+
+    def loaded(self, shard: int) -> None:
+        """An engine takes what is kept for the truth: of a hash that is damaged it cannot know."""
+        for damage in self.damages:
+            if damage.open and damage.misleads and damage.shard == shard:
+                self.misled.add(damage.auction_id)
+
     def claimed(self, shard: int, incarnation: str, lease: Lease) -> None:
         """A lease was asked for."""
         self.note(f"claim {shard} {incarnation} {lease}")
 
-    def committed(self, incarnation: str, batch: Batch, answer: CommitResult) -> None:
-        """A commit was answered; the same batch counts once."""
+    def committed(self, incarnation: str, batch: Batch, answer: CommitResult, memory: ShardMemory) -> None:
+        """A commit was answered; the same batch counts once. `memory` is the shard afterwards."""
         self.note(f"commit {incarnation} {batch.shard} {batch.epoch} {batch.intake} {batch.chain.hash} {answer}")
         history = self.shards[batch.shard]
         if not isinstance(answer, Committed):
@@ -107,14 +149,44 @@ class Witness:
             Commit(batch.shard, batch.epoch, incarnation, batch.commit_id, self._line.now_ms, closes)
         )
         self.counts["commits"] += 1
+        for damage in self.damages:
+            if damage.open and damage.shard == batch.shard:
+                damage.open = damage.stands(memory)
+
+    def damaged(self, damage: Damage) -> None:
+        """Somebody has changed something by hand."""
+        self.damages.append(damage)
+        self.fault(f"damage, {damage.kind}", damage.auction_id)
+
+    def pass_begins(self, shards: Mapping[int, ShardMemory]) -> list[Damage]:
+        """A pass of the reconciler begins. What it must find; `pass_ends` is to be told if it comes to its end."""
+        found = []
+        for damage in self.damages:
+            memory = shards[damage.shard]
+            idle = not memory.events or memory.events[-1].stream_id == memory.intake_cursor
+            if damage.open and idle:
+                damage.overlooked |= damage.looked > 0
+                found.append(damage)
+        return found
+
+    def pass_ends(self, found: list[Damage], requested: int) -> None:
+        """The pass that began with `found` came to its end, and asked for so many repairs."""
+        for damage in found:
+            damage.looked += 1
+        self.counts["passes of the reconciler"] += 1
+        self.counts["repairs"] += requested
 
     def mark(self, shard: int) -> Mark:
         """Where the shard stands."""
-        return Mark(len(self.shards[shard].commits))
+        return Mark(len(self.shards[shard].commits), len(self.shards[shard].attended))
 
-    def lost(self, shard: int, mark: Mark, lane: list[UpdateEntry]) -> None:
-        """A failover threw the shard back to `mark`; until then its event lane was `lane`."""
+    def lost(self, shard: int, mark: Mark, lane: list[UpdateEntry], memory: ShardMemory) -> None:
+        """A failover threw the shard back to `mark`, and to `memory`; until then its event lane was `lane`."""
         history = self.shards[shard]
+        del history.attended[mark.attended :]
+        for damage in self.damages:
+            if damage.shard == shard:
+                damage.open, damage.looked, damage.since_ms = damage.stands(memory), 0, self._line.now_ms
         history.lost += history.commits[mark.commits :]
         del history.commits[mark.commits :]
         history.lanes.append(lane)

@@ -7,7 +7,7 @@ events that nobody can apply. Sends overlap, as those of many producers do.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Final
 
@@ -264,7 +264,7 @@ class Life:
         asyncio.get_running_loop().call_later(self._random.expovariate(3_000 / self._workload.scale.lead_ms), what)
 
     def _announce(self, terms: str = "") -> None:
-        policy = Policy(extension_ms=7) if terms else self._policy
+        policy = replace(self._policy, extension_ms=7) if terms else self._policy
         registration = Registration(
             self.auction_id, self._starts_at, self._ends_at, policy, Offer(offer_id=self._offer_id)
         )

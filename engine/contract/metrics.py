@@ -100,6 +100,13 @@ APPLIED: Final = Metric(
     "Many `refused`: a producer sends commands for auctions that are over.",
     labels=("outcome",),
 )
+HELD: Final = Metric(
+    "auctions_timers_held_total",
+    Kind.COUNTER,
+    "Timers that an engine found damaged when it loaded its shard, and holds until the reconciler has restored them.",
+    "Somebody or something writes to Redis besides the engine; find out who. Held auctions neither close nor take bids: see "
+    "that a reconciler runs, or run `auction-timer reconciler --once --report`, then retry what waits in troubleshooting.",
+)
 COMMIT_CONFLICTS: Final = Metric(
     "auctions_commit_conflicts_total",
     Kind.COUNTER,
@@ -231,7 +238,7 @@ PASS_MS: Final = Metric(
 
 ENGINE: Final = (
     TICK_DELAY, CLOSE_LATENESS, EARLY_CLOSES, DRIFT, CLOCK_VERDICTS, ACTIVE, EXTENSIONS, TRIGGER_LAG, INTAKE_LAG, APPLIED,
-    COMMIT_CONFLICTS, STORE_RETRIES, PARKED, OFFER_CANCELLATIONS, OFFER_CANCELLATION_SUCCESS,
+    COMMIT_CONFLICTS, HELD, STORE_RETRIES, PARKED, OFFER_CANCELLATIONS, OFFER_CANCELLATION_SUCCESS,
 )  # fmt: skip
 GATEWAY: Final = (CONNECTIONS, HANDSHAKES, DELIVERY, CONFLATED, DISCONNECTS, RESUMES, RESYNCS, DRIFT, CLOCK_VERDICTS)
 RECONCILER: Final = (

@@ -37,8 +37,12 @@ FIELDS: Final = (
     "offer",
     "trace_id",
     "correlation_id",
+    "checksum",
 )
 """The fields of the hash, in the order in which a row is read."""
+
+SEALED: Final = FIELDS[: FIELDS.index("policy")]
+"""What the checksum is over: all that says when the auction ends. `policy` is JSON, which another version may spell anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +58,35 @@ class CorruptTimerError(ValueError):
     """A timer hash cannot be read. The message names the auction and the field at fault."""
 
 
+class UnsealedTimerError(CorruptTimerError):
+    """A timer hash can be read, but its checksum is that of other values: an engine may not take it at its word.
+
+    `record` is what it says. People may be shown that, until the reconciler has restored what the audit log says.
+    """
+
+    def __init__(self, record: TimerRecord) -> None:
+        super().__init__(f"timer {record.auction.auction_id!r}: its values are not those that a commit wrote")
+        self.record = record
+
+
 def to_fields(record: TimerRecord) -> dict[str, str]:
-    """All fields of the hash; an absent value is the empty string."""
-    auction = record.auction
-    fields = moving_fields(auction)
-    registration = auction.registration
-    fields |= {
-        "auction_id": auction.auction_id,
-        "starts_at": _text(registration.starts_at if registration else None),
-        "original_ends_at": _text(registration.ends_at if registration else None),
+    """All fields of the hash but the checksum; an absent value is the empty string."""
+    registration = record.auction.registration
+    return _sealed_fields(record.auction) | {
         "policy": orjson.dumps(registration.policy).decode() if registration else "",
         "offer": orjson.dumps(registration.offer).decode() if registration else "",
         "trace_id": record.trace_id,
         "correlation_id": record.correlation_id,
     }
-    return fields
+
+
+def _sealed_fields(auction: Auction) -> dict[str, str]:
+    registration = auction.registration
+    return moving_fields(auction) | {
+        "auction_id": auction.auction_id,
+        "starts_at": _text(registration.starts_at if registration else None),
+        "original_ends_at": _text(registration.ends_at if registration else None),
+    }
 
 
 def moving_fields(auction: Auction) -> dict[str, str]:
@@ -90,6 +108,22 @@ def moving_fields(auction: Auction) -> dict[str, str]:
 
 def _text(value: int | str | None) -> str:
     return "" if value is None else str(value)
+
+
+def checksum(auction: Auction) -> str:
+    """The field `checksum` of an auction's hash: CRC-32 of `SEALED`, against faults and hands, not against malice."""
+    fields = _sealed_fields(auction)
+    return _crc([fields[name].encode() for name in SEALED])
+
+
+def is_sealed(row: Sequence[bytes | None]) -> bool:
+    """Whether a row of `FIELDS` has the checksum of its values. A timer without one was written by a version that had none,
+    and is taken at its word."""
+    return row[-1] is None or row[-1].decode(errors="replace") == _crc([value or b"" for value in row[: len(SEALED)]])
+
+
+def _crc(values: list[bytes]) -> str:
+    return f"{crc32(b'|'.join(values)):08x}"
 
 
 def from_fields(fields: Mapping[str, str]) -> TimerRecord | None:
@@ -135,7 +169,7 @@ def _check(auction: Auction) -> None:
 def _record(text: list[str]) -> TimerRecord:
     (
         auction_id, status, version, starts_at, ends_at, original_ends_at, extension_count, clipped_by,
-        paused_at, paused_from, paused_total_ms, ended_at, cancelled_at, reason, policy, offer, trace_id, correlation_id,
+        paused_at, paused_from, paused_total_ms, ended_at, cancelled_at, reason, policy, offer, trace_id, correlation_id, _,
     ) = text  # fmt: skip
     registration = None
     if policy:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from engine.contract.audit import ChainHead
 from engine.contract.cursors import START, stream_order
 from engine.contract.intake import Actor, CommandType, Context, IntakeEvent, Outage, encode
-from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
+from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, UnsealedTimerError, from_row, is_sealed
 from engine.domain.instants import EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.protocol import (
@@ -249,7 +249,7 @@ class MemoryStore:
 
     async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
         timers = self.shards[shard].timers
-        return [_timer(timers.get(auction_id)) for auction_id in auction_ids]
+        return [_sealed_timer(timers.get(auction_id)) for auction_id in auction_ids]
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
         return [self.shards[shard].offers.get(offer_id) for offer_id in offer_ids]
@@ -369,8 +369,8 @@ class MemoryStore:
 
     async def audit_entries(self, shard: int, after: str, count: int) -> list[AuditEntry]:
         records = self.shards[shard].audit
-        behind = [record for record in records if stream_order(_audit_id(record)) > stream_order(after)]
-        return [AuditEntry(_audit_id(record), dict(record)) for record in behind[:count]]
+        start = bisect_right(records, stream_order(after), key=lambda record: stream_order(_audit_id(record)))
+        return [AuditEntry(_audit_id(record), dict(record)) for record in records[start : start + count]]
 
     async def audit_length(self, shard: int) -> int:
         return len(self.shards[shard].audit)
@@ -389,6 +389,7 @@ class MemoryStore:
                     for group in (Group.LIVE, Group.PAUSED, Group.CLOSED)
                     if auction_id in memory.groups[group]
                 },
+                is_sealed(_row(memory.timers.get(auction_id) or {})),
             )
             for auction_id in auction_ids
         }
@@ -496,6 +497,15 @@ def _timer(fields: Mapping[str, str] | None) -> TimerRecord | CorruptTimerError 
     if fields is None:
         return None
     try:
-        return from_row([fields[name].encode() if name in fields else None for name in FIELDS])
+        return from_row(_row(fields))
     except CorruptTimerError as error:
         return error
+
+
+def _sealed_timer(fields: Mapping[str, str] | None) -> TimerRecord | CorruptTimerError | None:
+    timer = _timer(fields)
+    return UnsealedTimerError(timer) if isinstance(timer, TimerRecord) and not is_sealed(_row(fields or {})) else timer
+
+
+def _row(fields: Mapping[str, str]) -> list[bytes | None]:
+    return [fields[name].encode() if name in fields else None for name in FIELDS]

@@ -390,6 +390,8 @@ class Standing:
 
     record: TimerRecord | CorruptTimerError | None
     scores: Mapping[Group, int]
+    sealed: bool = True
+    """Whether the hash has the checksum of its values."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from engine.contract import keys
 from engine.contract.audit import GENESIS, ChainHead
 from engine.contract.cursors import START
 from engine.contract.keys import ShardKeys
-from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, from_row
+from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, UnsealedTimerError, from_row, is_sealed
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.link import Node, RedisLink, RedisRefusedError, heeding_cancellation
@@ -254,7 +254,7 @@ class RedisStore:
         found: list[TimerRecord | CorruptTimerError | None] = []
         for start in range(0, len(auction_ids), PAGE_MAX):
             names = [prefix + auction_id for auction_id in auction_ids[start : start + PAGE_MAX]]
-            found.extend(map(_timer, await self._run(ROWS, names, FIELDS)))
+            found.extend(map(_sealed_timer, await self._run(ROWS, names, FIELDS)))
         return found
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
@@ -379,6 +379,7 @@ class RedisStore:
             auction_id: Standing(
                 _timer(row[3:]),
                 {group: int(float(score)) for group, score in zip(groups, row[:3], strict=True) if score is not None},
+                is_sealed(row[3:]),
             )
             for auction_id, row in zip(auction_ids, rows, strict=True)
         }
@@ -590,6 +591,11 @@ def _timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | Non
         return from_row(row)
     except CorruptTimerError as error:
         return error
+
+
+def _sealed_timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | None:
+    timer = _timer(row)
+    return UnsealedTimerError(timer) if isinstance(timer, TimerRecord) and not is_sealed(row) else timer
 
 
 def _superseded(batch: Batch, answer: Sequence[Any]) -> Superseded:

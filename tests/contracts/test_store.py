@@ -6,7 +6,7 @@ from contextlib import aclosing
 import pytest
 
 from engine.contract.cursors import START, stream_order
-from engine.contract.timers import CorruptTimerError, TimerRecord
+from engine.contract.timers import CorruptTimerError, TimerRecord, UnsealedTimerError, checksum, to_fields
 from engine.domain.instants import EpochMs
 from engine.store import memory, redis
 from engine.store.protocol import (
@@ -21,6 +21,7 @@ from engine.store.protocol import (
     Placed,
     PlaceLive,
     PlacePaused,
+    PutTimer,
     ShardHead,
     View,
 )
@@ -356,6 +357,23 @@ async def test_timers_come_in_the_order_asked_for(bench: Bench) -> None:
     assert a == record("a")
     assert await bench.store.timers(1, ["a"]) == [None]
     assert await bench.store.timers(0, []) == []
+
+
+async def test_an_edited_timer_is_not_taken_at_its_word(bench: Bench) -> None:
+    """Whoever loads it gets the error that says so, with what the hash says; a commit that writes it anew makes it good."""
+    sealed = PutTimer("a", to_fields(record("a")) | {"checksum": checksum(record("a").auction)})
+    await commit(bench, sealed, PlaceLive("a", EpochMs(5)))
+    assert await bench.store.timers(0, ["a"]) == [record("a")]
+    await bench.damage(0, "a", "ends_at", "7")
+    (found,) = await bench.store.timers(0, ["a"])
+    assert isinstance(found, UnsealedTimerError)
+    assert found.record.auction.ends_at == 7
+    assert [[type(timer) for timer in page] async for page in bench.store.live(0)] == [[UnsealedTimerError]]
+    assert (await bench.store.view(0, "a")).record == found.record
+    standing = (await bench.store.observe(0, ["a"])).standings["a"]
+    assert (standing.record, standing.sealed) == (found.record, False)
+    await commit(bench, sealed)
+    assert await bench.store.timers(0, ["a"]) == [record("a")]
 
 
 async def test_everything_not_over_is_live(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

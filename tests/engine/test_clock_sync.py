@@ -252,6 +252,19 @@ def test_a_machine_that_slept_takes_up_the_authority(slept_ms: int) -> None:
 
 
 @pytest.mark.requirement("R12")
+def test_each_sleep_counts_for_itself() -> None:
+    """A machine that slept for an hour yesterday and for a minute today was a minute behind today."""
+    rig = Rig()
+
+    def jump(second: int) -> None:
+        if second in (5, 15):
+            sleep_of(rig, 3_600_000 if second == 5 else 60_000)
+
+    running(rig, 20, jump)
+    assert abs(rig.error_us) <= 500
+
+
+@pytest.mark.requirement("R12")
 @pytest.mark.requirement("B1")
 def test_a_clock_does_not_jump_while_something_depends_on_it() -> None:
     """Until everything is given away it only says that it is out of step."""
@@ -300,7 +313,7 @@ def test_others_who_coast_too_outvote_nobody() -> None:
     def jump(second: int) -> None:
         if second == 5:
             rig.authority.step(10_000)
-        for n, verdict in enumerate((Verdict.AUTHORITY, Verdict.AUTHORITY, Verdict.NONE)):
+        for n, verdict in enumerate([Verdict.AUTHORITY] * 3 + [Verdict.NONE] * 2):
             told = ClockReport("engine", 0, 0, 0, 0, verdict, EpochMs(second))
             rig.store.clocks[f"engine:e-{n}"] = told.encode()
 
@@ -400,10 +413,15 @@ def started_beside(rig: Rig, verdicts: list[Verdict], *, talks: bool = True) -> 
 
 @pytest.mark.requirement("R12")
 @pytest.mark.requirement("B1")
+@pytest.mark.parametrize("can_tell", [True, False])
 @pytest.mark.parametrize("verdicts", [[Verdict.AUTHORITY], [Verdict.AUTHORITY, Verdict.AUTHORITY, Verdict.NONE]])
-def test_who_starts_while_the_authority_is_wrong_takes_the_time_of_the_others(verdicts: list[Verdict]) -> None:
+def test_who_starts_while_the_authority_is_wrong_takes_the_time_of_the_others(
+    verdicts: list[Verdict], can_tell: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their statements are samples of the right time, and from then on it coasts as they do."""
     rig = Rig()
+    if not can_tell:
+        monkeypatch.setattr(rig.machine, "slept_ns", lambda: None)
     assert started_beside(rig, verdicts) == ["wall_clock_differs", "clock_taken_over"]
     assert abs(rig.error_us + 10_000_000) <= 60_000
     run(rig.line, lambda: looks(rig))

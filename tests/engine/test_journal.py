@@ -9,7 +9,7 @@ import pytest
 
 from engine.contract.audit import ChainHead, verify
 from engine.contract.cursors import START
-from engine.contract.timers import CorruptTimerError, TimerRecord, moving_fields, to_fields
+from engine.contract.timers import CorruptTimerError, TimerRecord, checksum, moving_fields, to_fields
 from engine.domain.auction import Auction
 from engine.domain.instants import MINUTE_MS, EpochMs
 from engine.domain.lifecycle import Status
@@ -101,7 +101,7 @@ def test_a_start_is_written_whole() -> None:
     drafted = Drafted().apply(start("lot-7", T0, END, offer_id="o-1"), T0 - 5)
     (put,) = drafted.operations(PutTimer)
     record = drafted.journal.after["lot-7"]
-    assert put == PutTimer("lot-7", to_fields(record))
+    assert put == PutTimer("lot-7", to_fields(record) | {"checksum": checksum(record.auction)})
     assert (record.trace_id, record.correlation_id) == ("trace-start-lot-7", "req-start-lot-7")
     assert drafted.operations(PlaceLive) == [PlaceLive("lot-7", END)]
     assert drafted.operations(BindOffer) == [BindOffer("o-1", "auction lot-7", forget=False)]
@@ -114,7 +114,8 @@ def test_a_change_writes_only_what_moves() -> None:
     """A bid that extends writes the moving fields, and builds on the version that stood."""
     auction, _ = known(Status.CLOSING)
     drafted = Drafted(auction).apply(bid("lot-7", "b-1"), END - 1)
-    assert drafted.operations(PutTimer) == [PutTimer("lot-7", moving_fields(drafted.journal.after["lot-7"].auction))]
+    after = drafted.journal.after["lot-7"].auction
+    assert drafted.operations(PutTimer) == [PutTimer("lot-7", moving_fields(after) | {"checksum": checksum(after)})]
     assert drafted.batch.versions == {"lot-7": auction.version}
     assert drafted.operations(PlaceLive) == [PlaceLive("lot-7", EpochMs(END - 1 + 15 * MINUTE_MS))]
 

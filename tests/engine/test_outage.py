@@ -103,6 +103,19 @@ async def test_an_outage_outside_the_window_moves_nothing(world: World) -> None:
     assert world.facts("a")[-1] == "auction_timer_ended"
 
 
+async def test_an_auction_without_a_window_waits_too(world: World) -> None:
+    """Its window opens at its end, so one step of time does both: that one is held, and taken up again."""
+    worker = await Worker(world).begin()
+    await world.append()
+    await world.append(start("a", at(10), at(310), policy=replace(QUICK, soft_close_window_ms=0)))
+    await worker.work()
+    await attended(world, worker, 290)
+    await worker.live_until(at(330))
+    assert world.facts("a")[-1] == "auction_timer_started"
+    await attended(world, worker, 332)
+    assert world.facts("a")[-1] == "auction_timer_ended"
+
+
 async def test_an_auction_that_was_over_stays_over(world: World) -> None:
     """Its end lay before the outage: it closes, though nobody beats, and is not opened by what is told later."""
     worker = await running(world)

@@ -128,6 +128,41 @@ def test_damage_is_found_repaired_and_told(stack: LiveStack, auction: str, kind:
     until(lambda: count_of(stack, kind) > counted, "it is counted")
 
 
+@pytest.mark.requirement("B1")
+def test_an_edited_end_that_an_engine_loads_closes_nothing(stack: LiveStack) -> None:
+    """Hash and sorted set say that it is over, and the engine is new: it holds the auction until a pass has restored it."""
+    auction_id, now = fresh_id(), now_of(stack)
+    stack.post(started(auction_id, now, now + 300_000, **WINDOW))
+    before = stack.until_status(auction_id, "CLOSING")
+    names = keys_of(auction_id)
+    (reconciler,) = stack.pids("reconciler")
+    os.kill(reconciler, signal.SIGSTOP)
+    try:
+        (engine,) = stack.pids("engine")
+        os.kill(engine, signal.SIGSTOP)
+        stack.redis("HSET", names.timer(auction_id), "ends_at", now_of(stack) - 1_000)
+        stack.redis("ZADD", names.deadlines, now_of(stack) - 1_000, auction_id)
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: f"timer {auction_id!r}" in stack.logged(), "the next engine has found it")
+        # Whatever else it has loaded is at work: a shard that can commit could have closed this one, too.
+        other = fresh_id()
+        stack.post(started(other, now, now + LONG_MS))
+        stack.until_status(other, "ACTIVE")
+        assert hash_of(stack, auction_id)["status"] == "CLOSING"
+    finally:
+        os.kill(reconciler, signal.SIGCONT)
+    until(lambda: hash_of(stack, auction_id)["ends_at"] == str(before["ends_at"]), "the end is what the log says")
+    assert score_of(stack, auction_id) == before["ends_at"]
+    facts = [record["event_type"] for record in records_of(stack, auction_id)]
+    assert "auction_timer_ended" not in facts
+    assert facts[-1] == "auction_timer_corrected"
+    assert "hash_changed" in {entry["cause"] for entry in found(stack, auction_id)}
+    stack.post(bid(auction_id))
+    until(
+        lambda: "bid_accepted" in [record["event_type"] for record in records_of(stack, auction_id)], "bids count again"
+    )
+
+
 @pytest.mark.requirement("R11")
 def test_a_bid_over_an_edited_hash_counts_on_what_the_log_says(stack: LiveStack, auction: str) -> None:
     """A bid that comes before the repair is folded over what the engine holds, whatever version the hash was given."""

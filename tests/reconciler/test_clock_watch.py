@@ -149,6 +149,16 @@ async def test_a_date_that_still_moves_is_waited_out(rig: Rig) -> None:
     assert [order.offset_ms for order in rig.asked()] == [-6_000]
 
 
+async def test_looks_that_are_not_in_a_row_do_not_add_up(rig: Rig) -> None:
+    """A date that is wrong now and then, each time for less than four looks, is not corrected."""
+    for _ in range(5):
+        rig.authority.step(10_000)
+        await rig.look(LOOKS - 1)
+        rig.authority.step(-10_000)
+        await rig.look(2)
+    assert rig.asked() == []
+
+
 async def test_never_more_than_one_in_ten_seconds(rig: Rig) -> None:
     """Whatever a broken clock does, a shard gets at most six corrections a minute."""
     for second in range(120):

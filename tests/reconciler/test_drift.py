@@ -126,7 +126,8 @@ def test_a_hash_that_was_changed() -> None:
         "found_and_right": {
             "version": ["77", str(CLOSING.version)],
             "ends_at": [str(CLOSING.ends_at - 10_000), str(CLOSING.ends_at)],
-        }
+        },
+        "sealed": True,
     }
 
 

@@ -120,6 +120,7 @@ async def test_damage_is_mended_in_one_pass(rig: Rig, auction_id: str, damage: s
     assert kinds(await rig.mend()) == [(damage, auction_id, "requested")]
     mended = dict(rig.fields(auction_id))
     assert int(mended.pop("version")) > int(kept.pop("version"))
+    assert mended.pop("checksum") != kept.pop("checksum")
     assert mended == kept
     assert rig.world.shard.groups == groups
     assert kinds(await rig.look()) == []
@@ -131,9 +132,35 @@ async def test_damage_is_mended_in_one_pass(rig: Rig, auction_id: str, damage: s
 
 @pytest.mark.requirement("B1")
 @pytest.mark.parametrize("version", [None, "99"])
-async def test_an_engine_that_loaded_a_damaged_hash_is_put_right(rig: Rig, version: str | None) -> None:
-    """A restart after the damage: what it believes is older than, or as old as, the log, and the log wins."""
+async def test_an_edited_hash_that_an_engine_loads_closes_nothing(rig: Rig, version: str | None) -> None:
+    """A restart after the damage: the auction is held, past its false end too, until the log has said what is right."""
     rig.fields("active")["ends_at"] = str(at(900))
+    rig.deadlines()["active"] = at(900)
+    if version is not None:
+        rig.fields("active")["version"] = version
+    rig.worker = await Worker(rig.world, name="worker-2").begin()
+    assert "active" not in rig.worker.shard.live
+    assert rig.worker.metrics.held._value.get() == 1
+    rig.world.line.advance(1_000)
+    await rig.worker.work()
+    assert rig.world.facts("active").count("auction_timer_ended") == 0
+    assert ("hash_changed", "active", "requested") in kinds(await rig.mend())
+    assert rig.worker.shard.live["active"].auction.ends_at == at(3_000)
+    assert rig.deadlines()["active"] == at(3_000)
+
+
+async def test_a_checksum_alone_that_is_wrong_is_found(rig: Rig) -> None:
+    """Everything else is right, and an engine that loads it would hold it all the same: it is written anew."""
+    rig.fields("active")["checksum"] = "0"
+    assert kinds(await rig.mend()) == [("hash_changed", "active", "requested")]
+    assert rig.fields("active")["checksum"] != "0"
+    assert kinds(await rig.look()) == []
+
+
+async def test_a_hash_of_a_version_without_checksums_is_believed_until_the_next_pass(rig: Rig) -> None:
+    """What it believes is older than, or as old as, the log, and the log wins."""
+    rig.fields("active")["ends_at"] = str(at(900))
+    del rig.fields("active")["checksum"]
     rig.worker = await Worker(rig.world, name="worker-2").begin()
     assert rig.worker.shard.live["active"].auction.ends_at == at(900)
     assert kinds(await rig.mend()) == [("hash_changed", "active", "requested")]

@@ -9,6 +9,7 @@ from auction_timer.simulation.loop import run
 from auction_timer.simulation.network import PATIENCE_MS, Fate, Link, Network, copy_of
 from auction_timer.simulation.timeline import Authority, Timeline
 from auction_timer.simulation.witness import Witness
+from engine.store.limits import StoreLimits
 from engine.store.memory import MemoryStore
 from engine.store.protocol import Draft, StoreUnavailableError
 
@@ -20,7 +21,7 @@ class Bench:
         self.line = Timeline()
         self.store = MemoryStore(Authority(self.line))
         self.fates: list[Fate] = []
-        self.network = Network(self.line, self.store, Witness(self.line, 1), self._fate)
+        self.network = Network(self.line, self.store, Witness(self.line, 1), self._fate, StoreLimits())
         self.link = Link(self.network, "engine-0", "engine-0#1")
 
     def _fate(self, _name: str, _writes: bool) -> Fate:
@@ -42,6 +43,20 @@ class Bench:
             await scenario()
 
         run(self.line, whole)
+
+
+def test_who_is_cut_off_reaches_nobody() -> None:
+    """The others do."""
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.network.cut_off = {"engine-0"}
+        with pytest.raises(StoreUnavailableError):
+            await bench.append("e-1")
+        await Link(bench.network, "engine-1", "engine-1#1").append(0, [Draft("e-2", b"{}")], bench.line.now_ms, "c-2")
+        assert bench.events == ["e-2"]
+
+    bench.play(scenario)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from engine.contract.intake import AUCTION_ID
 from engine.contract.timers import (
     FIELDS,
+    SEALED,
     CorruptTimerError,
     Holding,
     TimerRecord,
     as_of,
+    checksum,
     from_fields,
     from_row,
     heartbeat_line,
+    is_sealed,
     mark,
     moving_fields,
     soft_close_until,
@@ -96,7 +99,8 @@ instants = st.integers(T0 - HOUR_MS, T0 + 3 * HOUR_MS).map(EpochMs)
 
 def row_of(record: TimerRecord, **changes: bytes | None) -> list[bytes | None]:
     """The row that `HMGET` answers for `record`, with some fields changed."""
-    fields: dict[str, bytes | None] = {name: value.encode() for name, value in to_fields(record).items()}
+    kept = to_fields(record) | {"checksum": checksum(record.auction)}
+    fields: dict[str, bytes | None] = {name: value.encode() for name, value in kept.items()}
     return [(fields | changes)[name] for name in FIELDS]
 
 
@@ -127,11 +131,27 @@ def test_every_status_reads_back(auction: Auction) -> None:
     assert from_row(row_of(record)) == record
 
 
+@pytest.mark.requirement("B1")
+@pytest.mark.parametrize("record", EVERY_TIMER, ids=as_id)
+@pytest.mark.parametrize("name", SEALED)
+def test_a_field_that_somebody_changed_breaks_the_seal(record: TimerRecord, name: str) -> None:
+    """Whatever says when an auction ends cannot be edited alone; a timer of a version without checksums is believed."""
+    assert is_sealed(row_of(record))
+    assert not is_sealed(row_of(record, **{name: b"edited"}))
+    assert not is_sealed(row_of(record, checksum=b"\xff"))
+    assert is_sealed(row_of(record, checksum=None))
+
+
+def test_a_hash_that_is_not_there_has_no_broken_seal() -> None:
+    """Nothing is not an edited timer."""
+    assert is_sealed([None] * len(FIELDS))
+
+
 @pytest.mark.requirement("R1")
 def test_the_hash_is_readable() -> None:
     """The hash of a clipped, twice paused auction: plain numbers, empty strings where nothing is, JSON for the terms."""
     fields = to_fields(TimerRecord(WELL_TRAVELLED, "trace-1", "req-1"))
-    assert {name: fields[name] for name in FIELDS if name not in ("policy", "offer")} == {
+    assert {name: fields[name] for name in FIELDS if name not in ("policy", "offer", "checksum")} == {
         "auction_id": "lot-7",
         "status": "PAUSED",
         "version": "7",
@@ -156,9 +176,9 @@ def test_the_hash_is_readable() -> None:
 @settings(max_examples=30, deadline=None)
 @given(timer_records(registered=False))
 def test_the_hash_has_exactly_its_fields(record: TimerRecord) -> None:
-    """In any state all fields are written, so a new state leaves nothing of an old one behind."""
+    """In any state all fields are written, so a new state leaves nothing of an old one behind; a commit adds the seal."""
     fields = to_fields(record)
-    assert set(fields) == set(FIELDS)
+    assert {*fields, "checksum"} == set(FIELDS)
     assert moving_fields(record.auction).items() <= fields.items()
 
 
