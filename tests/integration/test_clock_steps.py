@@ -41,7 +41,8 @@ BOUND_MS: Final = 250
 """By how much a stamp may be off while the clocks disagree."""
 MEASURING_MS: Final = 30
 """Between a close and the frame in our hands, and between two readings of our own clocks."""
-LATE_MS: Final = 1_000
+LATE_MS: Final = 1_500
+"""A second, and what a loaded machine adds: on an idle one it is 15 ms, or 255 ms while Redis is behind."""
 REPLACED_MS: Final = 10_000
 """As late as this a close may be while an engine starts on a loaded machine; here it only counts that it is not early."""
 STEPS_S: Final = [10, -10, 3_600, -3_600]
