@@ -21,7 +21,6 @@ from engine.contract.intake import CommandType, Context, Discard, IntakeEvent, O
 from engine.contract.offers import auction_bound_in
 from engine.contract.timers import CorruptTimerError, Holding, TimerRecord, mark
 from engine.domain.auction import Auction
-from engine.domain.auction import Auction
 from engine.domain.correction import VERSION_MAX
 from engine.domain.decide import Decision, Fact
 from engine.domain.events import Register
