@@ -44,7 +44,7 @@ class Trouble:
     outage_ms: int
     """The longest time that anything is away, frozen or far off."""
     unattended_ms: int
-    """The longest time in which no gateway reaches the store."""
+    """The longest time in which no gateway reaches the store; 0 for never."""
     lost_ms: int
     """The longest suffix that a failover loses."""
     calls: float
@@ -52,7 +52,7 @@ class Trouble:
 
 
 SMALL_TROUBLE: Final = Trouble(events=6, outage_ms=4_000, unattended_ms=12_000, lost_ms=3_000, calls=0.03)
-WEEK_TROUBLE: Final = Trouble(events=280, outage_ms=300_000, unattended_ms=1_200_000, lost_ms=60_000, calls=0.003)
+WEEK_TROUBLE: Final = Trouble(events=280, outage_ms=300_000, unattended_ms=0, lost_ms=60_000, calls=0.003)
 NO_TROUBLE: Final = Trouble(events=0, outage_ms=0, unattended_ms=0, lost_ms=0, calls=0.0)
 
 
@@ -216,7 +216,7 @@ class Faults:
 
     async def _unattended(self) -> None:
         network = self._network
-        if network.cut_off:
+        if network.cut_off or not self._trouble.unattended_ms:
             return
         self._fault("unattended")
         network.cut_off = {gateway.name for gateway in self._gateways}

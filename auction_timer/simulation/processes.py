@@ -145,14 +145,14 @@ class GatewayProcess(Process):
         shards: int,
         pace: Pace,
         *,
-        beat_s: float,
+        beats: bool,
         hostile: bool,
         ticks: bool,
     ) -> None:
         super().__init__(name, network, random, hostile=hostile)
         self._shards = shards
         self._pace = pace
-        self._beat_s = beat_s
+        self._beats = beats
         self._ticks = ticks
         self.auction_clock: AuctionClock
         self.hub: Hub | None = None
@@ -177,21 +177,14 @@ class GatewayProcess(Process):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(sync.run())
                 tasks.create_task(feed.run())
-                tasks.create_task(self._attend())
+                if self._beats:
+                    tasks.create_task(Attendance(self.link, self.auction_clock, self._shards).run())
                 if self._ticks:
                     tasks.create_task(TickFeed(self.link, hub, self._shards).run())
         finally:
             self.hub = None
             for farewell in list(self.farewells):
                 farewell()
-
-    async def _attend(self) -> None:
-        """As `Attendance.run` does, at the pace of this simulation."""
-        attendance = Attendance(self.link, self.auction_clock, self._shards)
-        while True:
-            with contextlib.suppress(StoreUnavailableError):
-                await attendance.beat()
-            await asyncio.sleep(self._beat_s)
 
 
 class ReconcilerProcess(Process):

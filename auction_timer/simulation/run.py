@@ -51,8 +51,8 @@ class Plan:
     client_stays_s: float = 6.0
     idle_ms: int = 0
     """See `Network`."""
-    beat_s: float = 1.0
-    """Between two proofs of a gateway that producers can write."""
+    beats: bool = True
+    """Whether gateways prove once a second that producers can write, without which there are no outages."""
     limits: StoreLimits = field(default_factory=lambda: StoreLimits(outage_extension_ms=3_000))
     reconcile_ms: int = 1_000
     ticks: bool = True
@@ -96,9 +96,9 @@ def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> 
         clients=auctions,
         client_stays_s=6 * 3_600.0,
         idle_ms=60_000,
-        beat_s=60.0,
-        limits=StoreLimits(outage_ms=300_000, outage_extension_ms=2 * MINUTE_MS),
-        reconcile_ms=5 * MINUTE_MS,
+        beats=False,
+        limits=StoreLimits(),
+        reconcile_ms=10 * MINUTE_MS,
         ticks=False,
         hostile=False,
     )
@@ -182,7 +182,7 @@ class _Simulation:
                 self._random(f"gateway {n}"),
                 plan.shards,
                 plan.pace,
-                beat_s=plan.beat_s,
+                beats=plan.beats,
                 hostile=plan.hostile,
                 ticks=plan.ticks,
             )
