@@ -66,6 +66,24 @@ def never_early(evidence: Evidence) -> list[str]:
                 for close in commit.closes
                 if commit.true_ms < close.ends_at - STAMP_BOUND_MS
             ]
+    for memory in evidence.shards.values():
+        found += _before_its_recorded_end(memory, evidence.witness.misled)
+    return found
+
+
+def _before_its_recorded_end(memory: ShardMemory, misled: set[str]) -> list[str]:
+    """Auctions that were loaded from a damaged hash, and closed by its end instead of the one that the records say."""
+    found = []
+    ends: dict[str, int] = {}
+    for record in memory.audit:
+        auction_id, details = record["auction_id"], orjson.loads(record["details"])
+        if (
+            record["event_type"] == "auction_timer_ended"
+            and details["ends_at"] < ends[auction_id]
+            and auction_id in misled
+        ):
+            found.append(f"{auction_id} was closed as of {details['ends_at']}, its records say {ends[auction_id]}")
+        ends[auction_id] = details.get("ends_at", ends.get(auction_id, 0))
     return found
 
 

@@ -57,7 +57,13 @@ def push_end(memory: ShardMemory, shard: int, auction_id: str, now_ms: EpochMs) 
     return _write(memory, shard, auction_id, now_ms, "end past its cap", "ends_at", str(last + MOVED_MS))
 
 
-HARMS: Final[tuple[Harm, ...]] = (delete_entry, move_entry, change_field, push_end)
+def pull_end(memory: ShardMemory, shard: int, auction_id: str, now_ms: EpochMs) -> Damage:
+    """Its hash has an end ten seconds too early."""
+    wrong = int(memory.timers[auction_id]["ends_at"]) - MOVED_MS
+    return _write(memory, shard, auction_id, now_ms, "end moved forward", "ends_at", str(wrong))
+
+
+HARMS: Final[tuple[Harm, ...]] = (delete_entry, move_entry, change_field, push_end, pull_end)
 
 
 def _write(

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from auction_timer.simulation.checkers import CHECKERS
+from auction_timer.simulation.damage import pull_end
+from auction_timer.simulation.faults import Faults
 from auction_timer.simulation.run import Outcome, simulate, small, some_days
 from engine.clock import AuctionClock
 from engine.contract.keys import shard_of
@@ -53,6 +55,7 @@ def test_many_seeds_keep_every_promise() -> None:
             "network, commit: request lost", "network, commit: answer lost", "network, commit: twice",
             "network, append: twice", "network, reads: slow", "unattended",
             "damage, entry deleted", "damage, entry moved", "damage, field changed", "damage, end past its cap",
+            "damage, end moved forward",
         }  # fmt: skip
         assert totals["commits answered Fenced"] > 0
         assert totals["closes lost by failovers"] > 0
@@ -220,6 +223,19 @@ PLANTED: Mapping[str, Plant] = {
     "damage is repaired": plans_no_repair,
     "nobody fell": falls_over_a_tick,
 }
+
+
+@pytest.mark.requirement("B1")
+def test_an_engine_that_believed_a_damaged_hash_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the checksum an engine that starts over an end moved forward closes by it, and the judge tells."""
+    monkeypatch.setattr("engine.store.memory.is_sealed", lambda _row: True)
+    monkeypatch.setattr("auction_timer.simulation.faults.HARMS", (pull_end,))
+    monkeypatch.setattr("reconciler.loop.plan", lambda *_args: Plan())
+    monkeypatch.setattr(Faults, "_pause", Faults._damage)
+    for seed in range(PLANTED_SEEDS):
+        if any("its records say" in found for found in simulate(small(seed)).violations["no early close"]):
+            return
+    pytest.fail(f"no early close was found in {PLANTED_SEEDS} seeds")
 
 
 @pytest.mark.requirement("B10")
