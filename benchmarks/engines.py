@@ -87,7 +87,7 @@ class EnginePlace:
         self._starts_before = self._starts()
         own = {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
         own |= {"AUCTION_TIMER_SHARDS": str(SHARDS), "AUCTION_TIMER_INSTANCE": f"{self._name}-{self._generation}"}
-        command = [*SCRIPT, "engine", "--redis-url", self._url]
+        command = [*SCRIPT, "engine", "--redis-url", self._url, "--parent", str(os.getpid())]
         return subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=self._log)
 
     def _starts(self) -> int:

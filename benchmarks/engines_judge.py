@@ -82,7 +82,8 @@ class Witness:
 
     def see(self, line: str) -> None:
         """Take one line of MONITOR. What a script does follows the line that called it."""
-        if '"auction:lease:{' in line and '"EVALSHA"' in line:
+        # EVALSHA, or EVAL with the whole text where the server did not know the script yet.
+        if '"auction:lease:{' in line and '] "EVAL' in line:
             self._settle()
             if '"auction:updates:{' in line:
                 words = _words(line)

@@ -35,10 +35,12 @@ def claimed(shard: int, holder: str) -> list[str]:
     ]
 
 
-def committed(shard: int, epoch: int, holder: str, commit_id: str, *, accepted: bool) -> list[str]:
+def committed(
+    shard: int, epoch: int, holder: str, commit_id: str, *, accepted: bool, script: str = '"EVALSHA" "c0de"'
+) -> list[str]:
     """The lines of MONITOR about a commit."""
     keys = f'"auction:lease:{{{shard}}}" "auction:cursor:{{{shard}}}" "auction:updates:{{{shard}}}"'
-    asked = f'1700000000.000001 [0 unix:/s] "EVALSHA" "c0de" "3" {keys} "{epoch} {holder}" "{commit_id}" "say \\"so\\""'
+    asked = f'1700000000.000001 [0 unix:/s] {script} "3" {keys} "{epoch} {holder}" "{commit_id}" "say \\"so\\""'
     done = f'1700000000.000001 [0 lua] "HSET" "auction:cursor:{{{shard}}}" "intake" "1-0" "commit" "{commit_id}"'
     return [asked, done] if accepted else [asked]
 
@@ -56,7 +58,7 @@ def test_the_witness_reads_who_committed_what() -> None:
     """A commit counts once the script has moved the cursor; one of an old epoch that was refused is counted as such."""
     seen = witness(
         claimed(3, "left"),
-        committed(3, 1, "left", "a", accepted=True),
+        committed(3, 1, "left", "a", accepted=True, script='"EVAL" "-- KEYS 1 \\"auction:lease:{k}\\"\\nreturn"'),
         claimed(3, "right"),
         committed(3, 1, "left", "b", accepted=False),
         committed(3, 2, "right", "c", accepted=True),
