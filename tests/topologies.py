@@ -34,7 +34,7 @@ QUICK: Final = ("ASK-PERIOD", "100", "INFO-PERIOD", "400", "PUBLISH-PERIOD", "20
 
 Three periods of INFO bound the age of what is known of a replica that may be promoted by hand, and the sentinels look ten
 times a second: at 0.1 s a loaded machine has none to promote. Five periods of pings bound it in an outage, in which INFO is
-asked once a second. A period of pings as long as `DOWN_AFTER_MS` would have a sentinel take a new primary for dead at the very
+asked once a second. With a period of pings as long as `DOWN_AFTER_MS` a sentinel would take a new primary for dead at the
 moment of its first ping.
 """
 

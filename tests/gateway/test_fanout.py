@@ -297,7 +297,7 @@ async def test_a_queue_whose_watchers_have_all_gone_comes_to_its_end() -> None:
 
 @pytest.mark.requirement("B3")
 async def test_ticks_in_a_queue_conflate_and_are_counted() -> None:
-    """Of ticks that nobody has been sent yet only the newest stays, behind every event; one that is half-way goes no further."""
+    """Of ticks that wait only the newest stays, behind every event; one that is half-way goes no further."""
     fanout, conflated = counting()
     room = Room("crowded", 0)
     listeners = crowd(room, 2 * TURN)
