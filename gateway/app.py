@@ -56,7 +56,14 @@ from gateway.tokens import Authenticate, Tokens, tokens_of
 CALL_DEADLINE_MS: Final = 3_000
 """A caller on the other end waits: after this it is told 503 and comes again with the same ids."""
 DRAIN_WITHIN_S: Final = 5
-PAGES_SEND: Final = ("Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "Traceparent", "X-Correlation-Id")
+PAGES_SEND: Final = (
+    "Authorization",
+    "Content-Type",
+    "If-None-Match",
+    "Last-Event-ID",
+    "Traceparent",
+    "X-Correlation-Id",
+)
 PAGES_READ: Final = ("ETag", "Location", "Retry-After", "X-Correlation-Id")
 CORRELATION_ID: Final = re.compile(r"[!-~]{1,128}")
 

@@ -190,7 +190,7 @@ class MemoryStore:
             memory.outage_id = memory.events[-1].stream_id
             memory.last_at = at
         if seen is not None or begins:
-            memory.attended_at = at
+            memory.attended_at = at if seen is None else max(seen, at)  # one that is late does not take others back
 
     def _unattended(self, memory: ShardMemory, batch: Batch, at: EpochMs) -> CommitResult | None:
         closes_at, limits = batch.closes_at, self.limits
