@@ -383,15 +383,15 @@ def outages(evidence: Evidence) -> list[str]:
     limits = evidence.store.limits
     for shard, memory in evidence.shards.items():
         attended = evidence.witness.shards[shard].attended
-        # A stamp may be wrong: gaps of about that length may be told or not.
-        gaps = [gap for gap in pairwise(attended) if gap[1] - gap[0] > limits.outage_ms - 2 * STAMP_BOUND_MS]
+        gaps = [gap for gap in pairwise(attended) if gap[1][1] - gap[0][0] > limits.outage_ms - 2 * STAMP_BOUND_MS]
         told = _outages(memory)
         for entry, outage in told:
-            if not any(_is_near(gap, (outage.since, outage.until)) for gap in gaps):
+            if not any(_is_of(outage, gap) for gap in gaps):
                 found.append(f"shard {shard}: {entry.event_id} was told, and there was no such outage")
         for gap in gaps:
-            times = sum(_is_near(gap, (outage.since, outage.until)) for _, outage in told)
-            if times > 1 or (times == 0 and gap[1] - gap[0] > limits.outage_ms + 2 * STAMP_BOUND_MS):
+            times = sum(_is_of(outage, gap) for _, outage in told)
+            is_certain = gap[1][0] - gap[0][1] > limits.outage_ms + 2 * STAMP_BOUND_MS
+            if times > 1 or (times == 0 and is_certain):
                 found.append(f"shard {shard}: the outage {gap} was told {times} times")
         found += _given_back_once(memory, told)
     return found
@@ -421,8 +421,12 @@ def _outages(memory: ShardMemory) -> list[tuple[Entry, Outage]]:
     return [(entry, event.event) for entry, event in events if event is not None and isinstance(event.event, Outage)]
 
 
-def _is_near(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return all(abs(left - right) <= 2 * STAMP_BOUND_MS for left, right in zip(one, other, strict=True))
+def _is_of(outage: Outage, gap: tuple[tuple[int, int], tuple[int, int]]) -> bool:
+    """Whether an outage lies between two writes, each stamped at some time from when it was sent to when it arrived."""
+    return all(
+        sent - 2 * STAMP_BOUND_MS <= at <= came + 2 * STAMP_BOUND_MS
+        for at, (sent, came) in zip((outage.since, outage.until), gap, strict=True)
+    )
 
 
 def _given_back(fields: dict[str, str], records: list[dict[str, str]], entry: Entry, outage: Outage) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class ShardHistory:
     lost: list[Commit] = field(default_factory=list)
     lanes: list[list[UpdateEntry]] = field(default_factory=list)
     """The event lane as it stood before each failover."""
-    attended: list[EpochMs] = field(default_factory=list)
-    """When gateways wrote to the shard, by their clocks."""
+    attended: list[tuple[EpochMs, EpochMs]] = field(default_factory=list)
+    """When gateways wrote to the shard: sent, by their clocks, and arrived. The stamp lies between the two."""
 
 
 class Witness:
@@ -118,7 +118,7 @@ class Witness:
         """
         attended = self.shards[shard].attended
         if attended or begins:
-            attended.append(max([est, *attended[-1:]]))
+            attended.append((max(est, attended[-1][0] if attended else est), self._line.now_ms))
 
     def loaded(self, shard: int) -> None:
         """An engine takes what is kept for the truth: of a hash that is damaged it cannot know."""

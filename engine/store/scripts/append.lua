@@ -44,7 +44,8 @@ if attendant ~= '' then
     redis.call('HSET', attendance, 'outage', id)
     redis.call('HSET', cursor, 'last_at', stamp)
   end
-  if seen or drafts == 0 then
+  -- A request that was late does not take back what a later one has shown.
+  if (seen and now > tonumber(seen)) or (not seen and drafts == 0) then
     redis.call('HSET', attendance, 'at', stamp)
   end
 end
