@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.harness import Bench, bench, report, run
 from benchmarks.machine import rss_bytes
-from engine.app import Engine, calm_collector
+from engine.app import Engine
 from engine.clock import SystemClock
 from engine.contract.keys import ShardKeys, shard_of
 from engine.contract.timers import FIELDS, TimerRecord, to_fields
@@ -27,6 +27,7 @@ from engine.domain.auction import Auction, Registration
 from engine.domain.events import Register
 from engine.domain.fold import fold
 from engine.domain.instants import HOUR_MS, EpochMs
+from engine.lifetime import calm_collector
 from engine.metrics import EngineMetrics
 from engine.settings import Settings
 from engine.store.link import RedisLink

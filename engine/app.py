@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 from collections.abc import Callable
 from itertools import count
 from typing import Final
@@ -15,7 +14,7 @@ from engine.clock_board import ClockBoard
 from engine.clock_sync import ClockSync
 from engine.domain.instants import EpochMs
 from engine.lease import LeaseKeeper
-from engine.lifetime import patiently, stop_event, until_stopped
+from engine.lifetime import calm_collector, patiently, stop_event, until_stopped
 from engine.logs import without_secrets
 from engine.metrics import EngineMetrics
 from engine.pace import REALTIME, Pace
@@ -190,16 +189,6 @@ class Engine:
                     before = EpochMs(self.clock.now_ms() - self._settings.closed_retention_ms)
                     for number in list(self.shards):
                         await self._store.forget_closed(number, before)
-
-
-def calm_collector() -> None:
-    """Keep the cycle collector away from the timers.
-
-    What an engine holds is 100,000 small values without a cycle among them. At the interpreter's own thresholds a full
-    collection walks all of them again and again: 105 ms each with 100,000 timers (measured), in which nothing closes.
-    Reference counting frees them all the same.
-    """
-    gc.set_threshold(50_000, 50, 1_000)
 
 
 async def serve(settings: Settings, registry: CollectorRegistry) -> None:

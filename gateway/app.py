@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_board import ClockBoard
 from engine.clock_sync import ClockSync
-from engine.lifetime import patiently
+from engine.lifetime import calm_collector, patiently
 from engine.settings import Settings
 from engine.store.archive import AuditArchive, archive_url
 from engine.store.audit_reader import AuditReader
@@ -290,6 +290,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
     """
     settings = make_room(settings)
     assert settings.redis_url is not None
+    calm_collector()
     clock = SystemClock()
     link = RedisLink(settings.redis_url, clock, call_deadline_ms=CALL_DEADLINE_MS, durability=settings.durability)
     limits = replace(settings.store_limits(), attendant=settings.instance)

@@ -104,6 +104,10 @@ class Fanout:
         """Whether somebody in the room is still to be sent something."""
         return room in self._queues
 
+    def is_telling(self, room: Room) -> bool:
+        """Whether the last that was sent to the room is an event, and not everyone has been written it yet."""
+        return room in self._queues and bool(self._queues[room][-1].events)
+
     async def relieved(self) -> None:
         """Wait until few enough writes are outstanding."""
         await self._relieved.wait()

@@ -304,8 +304,13 @@ class Hub:
             self._hear(shard, sent_at)
 
     def tick(self, room: Room, version: int, payload: bytes) -> None:
-        """Send a tick to a room at the next `fanout.write`, unless the event lane already told something newer."""
-        if version >= room.version:
+        """Send a tick to a room at the next `fanout.write`, unless the event lane already told something newer.
+
+        Or is telling it: an event has the whole timer, and a second write to each of a crowd would say nothing new.
+        """
+        if version == room.version and self.fanout.is_telling(room):
+            self._metrics.conflated_ticks.inc(len(room.writable) + len(room.lagging))
+        elif version >= room.version:
             self.fanout.send(room, Frame(payload), is_tick=True)
 
     def _hear(self, shard: int, sent_at: int) -> None:

@@ -779,6 +779,36 @@ async def test_ticks_never_take_back_what_the_event_lane_told() -> None:
     assert [frame["version"] for frame in told(listener.sent)] == [5, 6]
 
 
+@pytest.mark.requirement("B3")
+async def test_a_crowd_that_is_being_told_an_event_is_not_written_its_tick_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event has the same timer: its tick is conflated. One that is newer, or comes when everyone was told, is sent."""
+    monkeypatch.setattr(fanout_module, "TURN", 8)
+    house = House()
+    house.put(record(version=1))
+    room = await room_in(house)
+    crowd = [joined(room) for _ in range(20)]
+
+    def tick(version: int) -> None:
+        house.hub.on_ticks(0, tick_line(record(version=version), EpochMs(BORN_MS)))
+
+    extended(house, 2)
+    await house.read_lane()
+    tick(2)
+    assert house.sample("auctions_gateway_conflated_ticks_total") == 20
+    tick(3)
+    while house.hub.fanout.is_sending(room):
+        await asyncio.sleep(0)
+    tick(3)
+    while house.hub.fanout.is_sending(room):
+        await asyncio.sleep(0)
+    for listener in crowd:
+        frames = [(frame["type"], frame.get("version")) for frame in told(listener.sent)]
+        assert frames == [("timer.extended", None), ("timer.tick", 3), ("timer.tick", 3)]
+    assert house.sample("auctions_gateway_conflated_ticks_total") == 20
+
+
 @pytest.mark.parametrize(
     "line", [b"", b"a-1", b"a-1 ", b"a-1 x {}", b"a-1  {}", b"nobody 1 {}", b"! e", b"! e 1 soon", b"!"]
 )
