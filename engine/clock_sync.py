@@ -30,6 +30,9 @@ from engine.store.protocol import StoreError
 BURST: Final = 8
 """Samples at the start: enough that one of them met an idle server."""
 RETRY_S: Final = 0.25
+READINGS: Final = 5
+ONE_INSTANT_NS: Final = 10_000_000
+"""Two clocks that were read further apart are read again: between them this process may have stood still for a second."""
 WALL_RETURNS_NS: Final = 60_000_000_000
 """A wall clock that stays odd for a minute was set on purpose: from then on it is a witness again, as it stands."""
 OUTVOTED_AFTER_NS: Final = 4_000_000_000
@@ -85,11 +88,20 @@ class Witnesses:
 
     def _now(self, sent: MonotonicNs, received: MonotonicNs, authority_us: int) -> tuple[int, int, int]:
         """The three clocks in one instant, in microseconds."""
-        machine = self._clock.clock
-        monotonic_us, wall_us, now = self._clock.now_us(), machine.wall_ms() * 1_000, machine.monotonic_ns()
+        now, wall_us, monotonic_us = self._machine()
         if self._wall_ahead_us is None:
-            self._wall_ahead_us, self._slept_ns = monotonic_us - wall_us, machine.slept_ns() or 0
+            self._wall_ahead_us, self._slept_ns = monotonic_us - wall_us, self._clock.clock.slept_ns() or 0
         return authority_us + (now - (sent + received) // 2) // 1_000, wall_us + self._wall_ahead_us, monotonic_us
+
+    def _machine(self) -> tuple[MonotonicNs, int, int]:
+        """The two clocks of this machine in one instant: it in ns, the wall clock and the estimate in microseconds."""
+        machine = self._clock.clock
+        for _ in range(READINGS):
+            before, wall_us, monotonic_us = machine.monotonic_ns(), machine.wall_ms() * 1_000, self._clock.now_us()
+            now = machine.monotonic_ns()
+            if now - before < ONE_INSTANT_NS:
+                break
+        return now, wall_us, monotonic_us
 
     def _follow_wall(self, verdict: Verdict, now: MonotonicNs) -> None:
         if verdict in (Verdict.WALL, Verdict.NO_MAJORITY):
@@ -104,7 +116,8 @@ class Witnesses:
 
     def wall_ahead_us(self) -> int:
         """How far the auction clock is ahead of this machine's date, in microseconds."""
-        return self._clock.now_us() - self._clock.clock.wall_ms() * 1_000
+        _, wall_us, monotonic_us = self._machine()
+        return monotonic_us - wall_us
 
 
 class ClockSync:

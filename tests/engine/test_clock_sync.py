@@ -225,6 +225,29 @@ def test_a_single_look_says_nothing() -> None:
     assert (lines, rig.clock.steps_refused) == ([], 1)
 
 
+def test_a_process_that_stands_still_between_two_readings_names_nobody() -> None:
+    """On a loaded machine a second may pass between the reading of one clock and the next: they are read again."""
+    rig = Rig()
+    read_wall, stalls = rig.machine.wall_ms, [0]
+
+    def wall_ms() -> EpochMs:
+        read = read_wall()
+        if stalls[0]:
+            stalls[0] -= 1
+            rig.line.advance(600)
+        return read
+
+    rig.machine.wall_ms = wall_ms  # type: ignore[method-assign]
+
+    def stall(second: int) -> None:
+        stalls[0] = 1 if 3 <= second < 9 else 0
+
+    with capture_logs() as lines:
+        running(rig, 20, stall)
+    assert lines == []
+    assert set(rig.judged) == {Verdict.NONE}
+
+
 def sleep_of(rig: Rig, ms: int) -> None:
     """To a machine that slept, the world is later than its monotonic clock says: Redis and its own date agree on that."""
     rig.authority.step(ms)

@@ -266,7 +266,7 @@ def check_readable_or_refused(body: bytes) -> None:
         return
     assert decode("event-1", encode(event)) == event
     named = (event.auction_id is not None) + (event.offer_id is not None)
-    assert named == 1 or (isinstance(event.event, Retry | Discard | Outage) and event.offer_id is None)
+    assert named == 1 or (isinstance(event.event, Retry | Discard | Outage | CorrectClock) and event.offer_id is None)
 
 
 @pytest.mark.requirement("R29")
