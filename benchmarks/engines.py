@@ -282,6 +282,7 @@ async def one_run(*, seconds: float, auctions: int, seed: int) -> tuple[Verdict,
                     await _under_fire(places, load, done, auctions, chance)
                     with Redis(unix_socket_path=path, retry=Retry(NoBackoff(), 0)) as client:
                         expected = await _applied(client, made)
+                        await seen.caught_up(client)
                         verdict = judge(client, expected, seen, load.acknowledged)
                     died = [code for place in places for code in place.died]
                     failed = sum(place.logged().count("Traceback") for place in places)

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
+from uuid import uuid4
 
 from redis import Redis
 
@@ -46,6 +47,7 @@ CHAINED: Final = frozenset({"seq", "prev_hash", "hash", "recorded_at"})
 BY_TIME: Final = frozenset({Fact.STARTED, Fact.CLOSING, Fact.ENDED})
 FOR_PEOPLE: Final = frozenset({RefusalCode.UNKNOWN_AUCTION, RefusalCode.CONFLICTING_REGISTRATION})
 """Refusals that wait in troubleshooting even if whoever asked was answered."""
+CAUGHT_UP_WITHIN_S: Final = 10.0
 MONITOR_LINE_BYTES_MAX: Final = 2**26
 """A commit of a full batch is one line, with every record and frame in it."""
 
@@ -74,6 +76,20 @@ class Witness:
     _leases: defaultdict[int, tuple[int, str]] = field(default_factory=lambda: defaultdict(lambda: (0, "")))
     """Epoch and holder of each shard now."""
     _asked: tuple[int, Commit] | None = None
+    _mark: str = ""
+    _marked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def caught_up(self, client: Redis) -> None:
+        """Wait until all was read that the server has done before this call.
+
+        Raises:
+            TimeoutError: it was not, within ten seconds.
+        """
+        self._mark = uuid4().hex
+        self._marked.clear()
+        await asyncio.to_thread(client.echo, self._mark)
+        async with asyncio.timeout(CAUGHT_UP_WITHIN_S):
+            await self._marked.wait()
 
     async def watch(self, reader: asyncio.StreamReader) -> None:
         """Read what the server does until cancelled."""
@@ -82,6 +98,8 @@ class Witness:
 
     def see(self, line: str) -> None:
         """Take one line of MONITOR. What a script does follows the line that called it."""
+        if self._mark and self._mark in line:
+            self._marked.set()
         # EVALSHA, or EVAL with the whole text where the server did not know the script yet.
         if '"auction:lease:{' in line and '] "EVAL' in line:
             self._settle()

@@ -5,6 +5,7 @@ the test run dies.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -39,25 +40,26 @@ moment of its first ping.
 """
 
 
+LOWEST: Final = 10_000
+HIGHEST: Final = 21_999
+"""Below the ports that the kernel gives to connections, with 10,000 added too: one of those could take the port of a server
+that is down for a moment."""
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on; with 10,000 added they are free too, for the bus of a Cluster."""
     found: list[int] = []
-    held: list[socket.socket] = []
-    try:
-        while len(found) < count:
-            first, second = socket.socket(), socket.socket()
-            held += (first, second)
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
+    for port in random.SystemRandom().sample(range(LOWEST, HIGHEST + 1), HIGHEST + 1 - LOWEST):
+        with socket.socket() as first, socket.socket() as second:
             try:
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 10_000))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
-            found.append(port)
-    finally:
-        for each in held:
-            each.close()
-    return found
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"no {count} free ports")
 
 
 def until(condition: Callable[[], Any], what: str, within_s: float = WITHIN_S) -> Any:
