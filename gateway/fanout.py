@@ -50,7 +50,7 @@ class Fanout:
     """Writes frames to rooms.
 
     Args:
-        conflated: told how many subscribers will not get a tick, because a newer one took its place in a queue.
+        conflated: told how many subscribers will not get a tick, because something newer took its place in a queue.
     """
 
     def __init__(self, conflated: Callable[[int], None]) -> None:

@@ -21,6 +21,7 @@ from auction_timer.simulation.timeline import BORN_MS, Authority, Timeline
 from auction_timer.simulation.witness import Witness
 from auction_timer.simulation.workload import SMALL, WEEK, Scale, Workload
 from engine.domain.instants import HOUR_MS, MINUTE_MS, SECOND_MS
+from engine.lifetime import CALM
 from engine.pace import Pace
 from engine.settings import Settings
 from engine.store.limits import StoreLimits
@@ -143,7 +144,7 @@ def _silence() -> Iterator[None]:
 def _calm_collector() -> Iterator[None]:
     """The logs of a week are a million small values without a cycle: the collector need not walk them all the time."""
     before = gc.get_threshold()
-    gc.set_threshold(50_000, 50, 1_000)
+    gc.set_threshold(*CALM)
     try:
         yield
     finally:

@@ -128,7 +128,12 @@ def _crc(values: list[bytes]) -> str:
 
 def from_fields(fields: Mapping[str, str]) -> TimerRecord | None:
     """Read one auction from the fields of its hash. Raises as `from_row` does."""
-    return from_row([fields[name].encode() if name in fields else None for name in FIELDS])
+    return from_row(to_row(fields))
+
+
+def to_row(fields: Mapping[str, str]) -> list[bytes | None]:
+    """The values of `FIELDS`, in their order, as a server that holds these fields gives them."""
+    return [fields[name].encode() if name in fields else None for name in FIELDS]
 
 
 def from_row(row: Sequence[bytes | None]) -> TimerRecord | None:
@@ -146,6 +151,20 @@ def from_row(row: Sequence[bytes | None]) -> TimerRecord | None:
         name = (row[0] or b"").decode(errors="replace")
         raise CorruptTimerError(f"timer {name!r}: {error}") from None
     return record
+
+
+def read_row(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | None:
+    """As `from_row`; what cannot be read is returned as its error, because others stand beside it."""
+    try:
+        return from_row(row)
+    except CorruptTimerError as error:
+        return error
+
+
+def read_sealed_row(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | None:
+    """As `read_row`; a timer that is not sealed is an `UnsealedTimerError`."""
+    timer = read_row(row)
+    return UnsealedTimerError(timer) if isinstance(timer, TimerRecord) and not is_sealed(row) else timer
 
 
 def _check(auction: Auction) -> None:

@@ -14,7 +14,15 @@ from typing import TypeVar
 from engine.contract.audit import ChainHead
 from engine.contract.cursors import START, stream_order
 from engine.contract.intake import Actor, CommandType, Context, IntakeEvent, Outage, encode
-from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, UnsealedTimerError, from_row, is_sealed
+from engine.contract.timers import (
+    CorruptTimerError,
+    TimerRecord,
+    from_fields,
+    is_sealed,
+    read_row,
+    read_sealed_row,
+    to_row,
+)
 from engine.domain.instants import EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.protocol import (
@@ -249,7 +257,7 @@ class MemoryStore:
 
     async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
         timers = self.shards[shard].timers
-        return [_sealed_timer(timers.get(auction_id)) for auction_id in auction_ids]
+        return [read_sealed_row(to_row(timers.get(auction_id, {}))) for auction_id in auction_ids]
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
         return [self.shards[shard].offers.get(offer_id) for offer_id in offer_ids]
@@ -381,17 +389,18 @@ class MemoryStore:
 
     async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
         memory = self.shards[shard]
+        rows = {auction_id: to_row(memory.timers.get(auction_id, {})) for auction_id in auction_ids}
         standings = {
             auction_id: Standing(
-                _timer(memory.timers.get(auction_id)),
+                read_row(row),
                 {
                     group: memory.groups[group][auction_id]
                     for group in (Group.LIVE, Group.PAUSED, Group.CLOSED)
                     if auction_id in memory.groups[group]
                 },
-                is_sealed(_row(memory.timers.get(auction_id) or {})),
+                is_sealed(row),
             )
-            for auction_id in auction_ids
+            for auction_id, row in rows.items()
         }
         return Observed(memory.chain, EpochMs(memory.last_at), standings)
 
@@ -405,9 +414,7 @@ class MemoryStore:
                     listener.put_nowait((shard, payload))
 
     async def view(self, shard: int, auction_id: str) -> View:
-        timer = _timer(self.shards[shard].timers.get(auction_id))
-        if isinstance(timer, CorruptTimerError):
-            raise timer
+        timer = from_fields(self.shards[shard].timers.get(auction_id, {}))
         return View(timer, await self.last_update(shard))
 
     async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
@@ -491,21 +498,3 @@ def _place(memory: ShardMemory, group: Group, auction_id: str, score: int) -> No
     for standing in (Group.LIVE, Group.PAUSED, Group.CLOSED):
         memory.groups[standing].pop(auction_id, None)
     memory.groups[group][auction_id] = score
-
-
-def _timer(fields: Mapping[str, str] | None) -> TimerRecord | CorruptTimerError | None:
-    if fields is None:
-        return None
-    try:
-        return from_row(_row(fields))
-    except CorruptTimerError as error:
-        return error
-
-
-def _sealed_timer(fields: Mapping[str, str] | None) -> TimerRecord | CorruptTimerError | None:
-    timer = _timer(fields)
-    return UnsealedTimerError(timer) if isinstance(timer, TimerRecord) and not is_sealed(_row(fields or {})) else timer
-
-
-def _row(fields: Mapping[str, str]) -> list[bytes | None]:
-    return [fields[name].encode() if name in fields else None for name in FIELDS]

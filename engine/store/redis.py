@@ -13,7 +13,15 @@ from engine.contract import keys
 from engine.contract.audit import GENESIS, ChainHead
 from engine.contract.cursors import START
 from engine.contract.keys import ShardKeys
-from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord, UnsealedTimerError, from_row, is_sealed
+from engine.contract.timers import (
+    FIELDS,
+    CorruptTimerError,
+    TimerRecord,
+    from_row,
+    is_sealed,
+    read_row,
+    read_sealed_row,
+)
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.link import Node, RedisLink, RedisRefusedError, heeding_cancellation
@@ -254,7 +262,7 @@ class RedisStore:
         found: list[TimerRecord | CorruptTimerError | None] = []
         for start in range(0, len(auction_ids), PAGE_MAX):
             names = [prefix + auction_id for auction_id in auction_ids[start : start + PAGE_MAX]]
-            found.extend(map(_sealed_timer, await self._run(ROWS, names, FIELDS)))
+            found.extend(map(read_sealed_row, await self._run(ROWS, names, FIELDS)))
         return found
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
@@ -377,7 +385,7 @@ class RedisStore:
         groups = (Group.LIVE, Group.PAUSED, Group.CLOSED)
         standings = {
             auction_id: Standing(
-                _timer(row[3:]),
+                read_row(row[3:]),
                 {group: int(float(score)) for group, score in zip(groups, row[:3], strict=True) if score is not None},
                 is_sealed(row[3:]),
             )
@@ -394,10 +402,7 @@ class RedisStore:
     async def view(self, shard: int, auction_id: str) -> View:
         names = self._keys(shard)
         answer = await self._run(VIEW, [names.timer(auction_id), names.updates], FIELDS)
-        timer = _timer(answer[1:])
-        if isinstance(timer, CorruptTimerError):
-            raise timer
-        return View(timer, answer[0].decode())
+        return View(from_row(answer[1:]), answer[0].decode())
 
     async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
         names = self._keys(shard)
@@ -584,18 +589,6 @@ def _texts(answer: Any) -> dict[str, str]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | None:
-    try:
-        return from_row(row)
-    except CorruptTimerError as error:
-        return error
-
-
-def _sealed_timer(row: Sequence[bytes | None]) -> TimerRecord | CorruptTimerError | None:
-    timer = _timer(row)
-    return UnsealedTimerError(timer) if isinstance(timer, TimerRecord) and not is_sealed(row) else timer
 
 
 def _superseded(batch: Batch, answer: Sequence[Any]) -> Superseded:

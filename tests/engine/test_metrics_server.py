@@ -1,6 +1,5 @@
 """Tests for engine.metrics_server: a scrape of a process that serves no HTTP of its own."""
 
-import socket
 import urllib.request
 from urllib.error import URLError
 
@@ -9,18 +8,12 @@ from prometheus_client import CollectorRegistry
 
 from engine.metrics import EngineMetrics
 from engine.metrics_server import metrics_server
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.topologies import free_ports
 
 
 def test_metrics_can_be_scraped_while_the_context_is_open() -> None:
     """On loopback, in Prometheus's form; afterwards the port is free again."""
-    registry, port = CollectorRegistry(), free_port()
+    registry, (port,) = CollectorRegistry(), free_ports(1)
     EngineMetrics(registry).early_closes.inc(0)
     url = f"http://127.0.0.1:{port}/metrics"
     with metrics_server(port, registry), urllib.request.urlopen(url, timeout=10) as answer:

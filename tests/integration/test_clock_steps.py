@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +26,7 @@ from tests.integration.events import bid, fresh_id, started
 from tests.integration.faketime import MISSING, Date
 from tests.live import SCRIPT
 from tests.servers import VALKEY, Server
+from tests.topologies import free_ports
 
 pytestmark = [
     pytest.mark.integration,
@@ -58,13 +58,6 @@ async def until(condition: Callable[[], Any], what: str, within_s: float = WITHI
         await asyncio.sleep(0.02)
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
-
-
 class World:
     """A server, an engine, a gateway and a reconciler. `server_date` and `engine_date` can be set.
 
@@ -74,7 +67,7 @@ class World:
     def __init__(self, directory: Path, *, one_machine: bool = False) -> None:
         self._directory = directory
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.metrics_ports = {"engine": free_port(), "reconciler": free_port()}
+        self.metrics_ports = dict(zip(("engine", "reconciler"), free_ports(2), strict=True))
         self.server_date = Date(directory, "server")
         self.engine_date = self.server_date if one_machine else Date(directory, "engine")
         self._others_env = self.server_date.env if one_machine else {}

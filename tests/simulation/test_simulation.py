@@ -228,7 +228,7 @@ PLANTED: Mapping[str, Plant] = {
 @pytest.mark.requirement("B1")
 def test_an_engine_that_believed_a_damaged_hash_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the checksum an engine that starts over an end moved forward closes by it, and the judge tells."""
-    monkeypatch.setattr("engine.store.memory.is_sealed", lambda _row: True)
+    monkeypatch.setattr("engine.contract.timers.is_sealed", lambda _row: True)
     monkeypatch.setattr("auction_timer.simulation.faults.HARMS", (pull_end,))
     monkeypatch.setattr("reconciler.loop.plan", lambda *_args: Plan())
     monkeypatch.setattr(Faults, "_pause", Faults._damage)
