@@ -135,6 +135,16 @@ async def test_who_is_no_gateway_proves_nothing(bench: Bench) -> None:
 
 
 @pytest.mark.requirement("B8")
+async def test_a_beat_that_comes_late_does_not_take_back_what_a_later_one_has_shown(bench: Bench) -> None:
+    """Sent at 1 s and arrived after that of 4 s: nobody was away for more than 5 s when the next comes at 8.5 s."""
+    for by_ms in (0, 4_000, 1_000, 8_500):
+        await beat(bench, by_ms)
+    assert await intake(bench) == []
+    await beat(bench, 14_500)
+    assert len(await intake(bench)) == 1
+
+
+@pytest.mark.requirement("B8")
 @pytest.mark.requirement("B1")
 async def test_a_close_waits_for_attendance(bench: Bench) -> None:
     """Unattended near its end it waits; with an outage unapplied too; after 15 minutes no more."""
