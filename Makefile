@@ -47,7 +47,7 @@ docs: $(READY)
 
 # Needs uv; only for maintainers who change pyproject.toml.
 lock:
-	uv pip compile --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	uv pip compile --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --no-strip-extras \
 		--group dev pyproject.toml -o requirements.lock
 
 clean:

@@ -4,9 +4,12 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from auction_timer import __version__, reference
 
@@ -108,6 +111,25 @@ def test_every_dependency_has_its_reason() -> None:
     for dependency in project["dependencies"]:
         name = re.split(r"[\[<>=;~ ]", dependency)[0]
         assert f"`{name}`" in reasons, name
+
+
+def test_the_lock_names_every_extra() -> None:
+    """What a locked package wants with an extra is locked with it: pip before 23.3 takes the newest instead, and fails."""
+    lock = (ROOT / "requirements.lock").read_text()
+    locked = {
+        found[1]: set((found[2] or "").split(","))
+        for found in re.finditer(r"^([a-z0-9-]+)(?:\[(.+?)\])?==", lock, re.MULTILINE)
+    }
+    for name in locked:
+        try:
+            wanted = map(Requirement, requires(name) or ())
+        except PackageNotFoundError:
+            continue  # locked for another platform
+        for requirement in wanted:
+            if requirement.extras and any(
+                requirement.marker is None or requirement.marker.evaluate({"extra": extra}) for extra in locked[name]
+            ):
+                assert requirement.extras <= locked[canonicalize_name(requirement.name)], f"{name}: {requirement}"
 
 
 def test_every_test_says_what_it_proves() -> None:
