@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from auction_timer.processes import parent_death_hook
+
 DEADLINE_S = 30.0
 SCRIPT = [sys.executable, str(Path(sys.executable).parent / "auction-timer")]
 
@@ -69,6 +71,7 @@ class LiveStack:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
+            preexec_fn=parent_death_hook(),  # a test run that is killed leaves nothing behind
         )
         self._lines: Queue[str] = Queue()
         self._reader = Thread(target=self._read, daemon=True)
