@@ -249,7 +249,7 @@ class Load:
         for event_type, event in asked:
             event_id = _drawn(chance)
             context = Context(event_id, event_type, _drawn(chance), f"req-{_drawn(chance)}", CLIENT, reply_to)
-            seen_ids = (f"bid:{auction_id}:{event.bid_id}",) if isinstance(event, Bid) else ()
+            seen_ids = (f"bid {auction_id} {event.bid_id}",) if isinstance(event, Bid) else ()
             drafts.append(Draft(event_id, intake.encode(IntakeEvent(context, event, auction_id)), seen_ids))
         shard = shard_of(auction_id, SHARDS)
         for accepted in [True, False][: 1 + (chance.random() < 0.1)]:

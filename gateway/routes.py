@@ -204,9 +204,10 @@ def _intake_problem(error: BaseException) -> BaseException:
 
 
 def _draft(event: IntakeEvent) -> Draft:
-    # The same bid announced under two event ids is one bid: it must not extend an auction twice.
+    # The same bid announced under two event ids is one bid: it must not extend an auction twice. With spaces, which no id
+    # has, its mark is nobody's event id, and names one bid of one auction.
     bid = event.event
-    seen_ids = (f"bid:{event.auction_id}:{bid.bid_id}",) if isinstance(bid, Bid) else ()
+    seen_ids = (f"bid {event.auction_id} {bid.bid_id}",) if isinstance(bid, Bid) else ()
     return Draft(event.context.event_id, intake.encode(event), seen_ids)
 
 

@@ -89,6 +89,20 @@ async def test_the_same_bid_under_two_event_ids_is_one_bid() -> None:
         assert intake(made) == ["e-1", "e-3"]
 
 
+@pytest.mark.requirement("R2")
+async def test_no_event_id_and_no_other_auction_stands_for_a_bid() -> None:
+    """Ids may hold whatever separates others: a bid that was in time is never taken for the repetition of something else."""
+    async with front() as made:
+        batch = [
+            event("bid:lot:2", auction_id="lot", bid_id="1"),
+            event("e-2", auction_id="lot", bid_id="2"),
+            event("e-3", auction_id="lot:2", bid_id="3:4"),
+            event("e-4", auction_id="lot:2:3", bid_id="4"),
+        ]
+        answer = await made.http.post("/events", json=batch)
+        assert [result["status"] for result in answer.json()["results"]] == ["accepted"] * 4
+
+
 async def test_a_batch_over_many_shards_is_answered_in_its_order() -> None:
     """Each event goes to its auction's shard, in the order of the batch; the results stand as the events stood."""
     names = [f"n-{number}" for number in range(20)]
