@@ -30,7 +30,7 @@ from engine.contract.intake import (
     SchemaError,
     decode,
 )
-from engine.contract.offers import BOUND_TO_AUCTION, CANCELLED_BEFORE_START, auction_bound_in
+from engine.contract.offers import BOUND_TO_AUCTION, CANCELLED_BEFORE_START, auction_bound_in, binding
 from engine.contract.timers import (
     CorruptTimerError,
     TimerRecord,
@@ -195,7 +195,7 @@ class Journal:
             if not by_time:
                 self._answer(decision, context, event, entry)
         if isinstance(event, Register):
-            self._bind_offer(event, auction_id)
+            self._bind_offer(event, auction_id, entry.at)
 
     # Outages: who lost time near the end gets it back.
 
@@ -298,6 +298,8 @@ class Journal:
         auction = self._record(auction_id).auction
         if not bound.startswith(CANCELLED_BEFORE_START) or auction.status is not Status.UNREGISTERED:
             return
+        if context.relisted:
+            return  # what was cancelled is the auction that the offer stood for before
         kept = orjson.loads(bound.removeprefix(CANCELLED_BEFORE_START))
         # Recorded in the name of the one who cancelled, not of the start that brought it to light.
         canceller = replace(
@@ -311,10 +313,10 @@ class Journal:
         for decision in fold(auction, Cancel(kept["reason"]), EpochMs(kept["at"])):
             self._write(decision, canceller, entry.stream_id)
 
-    def _bind_offer(self, event: Register, auction_id: str) -> None:
+    def _bind_offer(self, event: Register, auction_id: str, at: EpochMs) -> None:
         offer_id = event.registration.offer.offer_id
-        value = BOUND_TO_AUCTION + auction_id
-        if offer_id and self._offers.get(offer_id) != value and auction_id in self._registered:
+        value = binding(auction_id, at)
+        if offer_id and self._auction_of(offer_id) != auction_id and auction_id in self._registered:
             self._offers[offer_id] = value
             self._batch.operations.append(BindOffer(offer_id, value, forget=False))
 

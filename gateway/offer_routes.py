@@ -4,7 +4,6 @@ Whether it may be done is decided by the engine, in the order of the intake. The
 the present instant, so the two can differ only by what happens in between.
 """
 
-import asyncio
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -16,7 +15,6 @@ from starlette.routing import Route
 from engine.contract.audit import as_json
 from engine.contract.intake import CommandType
 from engine.contract.keys import shard_of
-from engine.contract.offers import auction_bound_in
 from engine.contract.timers import TimerRecord
 from engine.domain.decide import Decision
 from engine.domain.events import Withdraw
@@ -30,6 +28,7 @@ from gateway.bodies import read_body
 from gateway.command_routes import CommandRoutes, away, json_response, pending, refuse, trace_id
 from gateway.commands import Commands
 from gateway.events import TEXT_PATTERN
+from gateway.offers import auctions_of
 from gateway.problems import Problem, ProblemType
 
 OFFER_ID_CHARS_MAX: Final = 128
@@ -149,19 +148,12 @@ class OfferRoutes:
         if len(offer_id) > OFFER_ID_CHARS_MAX:
             raise unknown
         try:
-            bound = await asyncio.gather(*(self.store.offers(shard, [offer_id]) for shard in range(self.shards)))
+            bound = await auctions_of(self.store, self.shards, [offer_id])
         except StoreError:
             raise away() from None
-        named = [auction_bound_in(value) for (value,) in bound]
         # One lookup also where there is nothing to look up, so that an unknown offer takes as long as somebody else's.
-        auction_ids = [auction_id for auction_id in named if auction_id is not None] or ["-"]
-        records = await asyncio.gather(*(self.auctions.record(auction_id) for auction_id in auction_ids))
-        found = [record for record in records if record is not None]
-        if not found:
-            raise unknown
-        # An offer that was put up again stands for the auction that is not over, or else for the latest one.
-        record = max(found, key=lambda each: (not each.auction.status.is_terminal, each.auction.registered.starts_at))
-        if party(principal, record.auction.registered.offer) is None:
+        record = await self.auctions.record(bound.get(offer_id, "-"))
+        if record is None or party(principal, record.auction.registered.offer) is None:
             raise unknown
         return record
 

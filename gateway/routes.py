@@ -1,7 +1,8 @@
 """The HTTP routes: each reads what was asked, asks the hub or the store, and answers. Problems are raised, not returned."""
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Final
 from uuid import uuid4
@@ -16,7 +17,7 @@ from engine.contract.intake import IntakeEvent
 from engine.contract.keys import shard_of
 from engine.contract.timers import timer
 from engine.domain.cadence import tick_step_ms
-from engine.domain.events import Bid
+from engine.domain.events import Bid, Register
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.policy import TICK_INTERVAL_MS_MAX
@@ -29,6 +30,7 @@ from gateway.events import parse_events
 from gateway.hub import Hub
 from gateway.listing import Place, list_auctions
 from gateway.metrics import exposition
+from gateway.offers import auctions_of
 from gateway.openapi import document
 from gateway.problems import RETRY_AFTER_S, Problem, ProblemType, unavailable
 from gateway.queries import integer_of, invalid, limit_of
@@ -86,15 +88,16 @@ class Api:
         return json_response({"results": results}, 202)
 
     async def _append(self, events: list[IntakeEvent]) -> list[Appended]:
-        """Append each event to the shard of its auction; one that names only an offer goes to every shard.
+        """Append each event to the shard of its auction, or of the auction that its offer stands for.
 
-        Which shard an offer's auction lives in is not known here, and may not be known anywhere yet. So each shard gets the
-        cancellation in its own order, and keeps it until a start names the offer.
+        Which shard that is may not be known anywhere yet. Then every shard gets the cancellation in its own order, and keeps
+        it until a start names the offer (docs/decisions/0006).
         """
+        auctions = await self._auctions_of_offers(events)
         by_shard: dict[int, list[tuple[int, Draft]]] = {}
         for index, event in enumerate(events):
-            draft = _draft(event)
-            auction_id = event.auction_id
+            draft = _draft(_known_as_relisted(event, auctions))
+            auction_id = event.auction_id or auctions.get(event.offer_id or "")
             targets = range(self.shards) if auction_id is None else (shard_of(auction_id, self.shards),)
             for shard in targets:
                 by_shard.setdefault(shard, []).append((index, draft))
@@ -115,6 +118,15 @@ class Api:
                 known = results.get(index)
                 results[index] = result if known is None else _later(known, result)
         return [results[index] for index in range(len(events))]
+
+    async def _auctions_of_offers(self, events: list[IntakeEvent]) -> dict[str, str]:
+        named = {offer_id for offer_id in map(_offer_named_in, events) if offer_id is not None}
+        if not named:
+            return {}
+        try:
+            return await auctions_of(self.store, self.shards, named)
+        except StoreError:
+            raise unavailable("no event was taken: send them again with the same ids") from None
 
     # Auctions.
 
@@ -201,6 +213,18 @@ def _intake_problem(error: BaseException) -> BaseException:
     if isinstance(error, StoreError):
         return unavailable("the events may or may not have been taken: send them again with the same ids")
     return error
+
+
+def _offer_named_in(event: IntakeEvent) -> str | None:
+    return event.event.registration.offer.offer_id if isinstance(event.event, Register) else event.offer_id
+
+
+def _known_as_relisted(event: IntakeEvent, auctions: Mapping[str, str]) -> IntakeEvent:
+    """A start whose offer stands for another auction says so: what its shard remembers of the offer was about that one."""
+    if not isinstance(event.event, Register):
+        return event
+    known = auctions.get(_offer_named_in(event) or "", event.auction_id)
+    return replace(event, context=replace(event.context, relisted=known != event.auction_id))
 
 
 def _draft(event: IntakeEvent) -> Draft:

@@ -82,6 +82,8 @@ class Context:
     reply_to: str | None = None
     occurred_at: EpochMs | None = None
     """When the producer says it happened: only ever measured (requirement R31), never decided on."""
+    relisted: bool = False
+    """Of a start: its offer stood for another auction already, be it in another shard (docs/decisions/0006)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,8 @@ def encode(event: IntakeEvent) -> bytes:
         "occurred_at": context.occurred_at,
         "detail": _detail(event.event),
     }
+    if context.relisted:
+        body["relisted"] = True
     return orjson.dumps(body)
 
 
@@ -233,6 +237,7 @@ def decode(event_id: str, body: bytes) -> IntakeEvent:
         actor=Actor(actor.text("type"), actor.text("id")),
         reply_to=fields.text_or_none("reply_to"),
         occurred_at=fields.instant_or_none("occurred_at"),
+        relisted="relisted" in raw and fields.flag("relisted"),
     )
     event = build(auction_id or "", fields.fields("detail"))
     return IntakeEvent(context, event, auction_id, None if auction_id is not None else offer_id)

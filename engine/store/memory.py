@@ -327,8 +327,9 @@ class MemoryStore:
                 for group in (Group.LIVE, Group.PAUSED, Group.CLOSED):
                     memory.groups[group].pop(auction_id, None)
             case BindOffer(offer_id, value, forget):
-                if not forget or memory.offers.get(offer_id, value) == value:
+                if not forget:
                     memory.offers[offer_id] = value
+                memory.offers.setdefault(offer_id, value)
             case Reply() | KeepOutcome() | Park() | Unpark() | Requeue() | SetOffset():
                 self._apply_command(memory, operation, at)
 

@@ -190,7 +190,8 @@ class BindOffer:
     """Remember what an offer id stands for in this shard: an auction, or a cancellation that came first.
 
     `forget` says that it is kept for the retention only, and never in the place of something else: an offer that was put up
-    again belongs to the later auction, also when the earlier one closes.
+    again belongs to the later auction, also when the earlier one closes. A binding that says this and more, after a space,
+    stays what it is.
     """
 
     offer_id: str

@@ -414,6 +414,14 @@ async def test_what_is_kept_for_the_retention_takes_no_offer_from_another(bench:
     assert await bench.store.offers(0, ["o-1", "o-2", "o-3"]) == ["auction a", "auction b", "auction a"]
 
 
+@pytest.mark.requirement("R20")
+async def test_what_is_kept_for_the_retention_stays_what_it_is(bench: Bench) -> None:
+    """An auction that closes does not know when its start arrived: what was bound knows, and a longer id is another one."""
+    await commit(bench, BindOffer("o-1", "auction a 7", forget=False), BindOffer("o-2", "auction ab 7", forget=False))
+    await commit(bench, *[BindOffer(offer_id, "auction a", forget=True) for offer_id in ("o-1", "o-2")])
+    assert await bench.store.offers(0, ["o-1", "o-2"]) == ["auction a 7", "auction ab 7"]
+
+
 async def test_parked_commands_are_counted(bench: Bench) -> None:
     """Each command counts once, however often it is parked."""
     assert await bench.store.parked(0) == 0

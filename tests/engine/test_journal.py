@@ -104,7 +104,7 @@ def test_a_start_is_written_whole() -> None:
     assert put == PutTimer("lot-7", to_fields(record) | {"checksum": checksum(record.auction)})
     assert (record.trace_id, record.correlation_id) == ("trace-start-lot-7", "req-start-lot-7")
     assert drafted.operations(PlaceLive) == [PlaceLive("lot-7", END)]
-    assert drafted.operations(BindOffer) == [BindOffer("o-1", "auction lot-7", forget=False)]
+    assert drafted.operations(BindOffer) == [BindOffer("o-1", f"auction lot-7 {T0 - 5}", forget=False)]
     assert drafted.batch.versions == {"lot-7": 0}
     assert drafted.batch.due_at is None
     assert drafted.batch.intake == "5-0"
@@ -287,6 +287,16 @@ def test_a_remembered_cancellation_does_not_touch_a_known_auction() -> None:
     drafted = Drafted(auction, offers={"o-1": value}).apply(start("lot-7", T0, END, offer_id="o-1"), at)
     assert drafted.facts() == []
     assert [type(one) for one in drafted.operations()] == [Park]
+
+
+@pytest.mark.requirement("R19")
+def test_a_remembered_cancellation_does_not_touch_an_offer_that_is_put_up_again() -> None:
+    """It was about the auction that the offer stood for before, in whichever shard; the offer is bound to the new one."""
+    value = "cancelled " + orjson.dumps({"reason": "withdrawn", "at": T0 - 9}).decode()
+    again = start("lot-8", T0, END, offer_id="o-1", relisted=True)
+    drafted = Drafted(offers={"o-1": value}).apply(again, T0).apply(cancel_offer("o-1"), T0 + 1)
+    assert drafted.facts() == ["auction_timer_registered", "auction_timer_started", "auction_timer_cancelled"]
+    assert drafted.operations(BindOffer)[0] == BindOffer("o-1", f"auction lot-8 {T0}", forget=False)
 
 
 def test_an_event_for_a_damaged_timer_is_parked() -> None:

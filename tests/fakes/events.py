@@ -37,6 +37,7 @@ def draft(
     actor: Actor = MAKER,
     occurred_at: int | None = None,
     seen_ids: tuple[str, ...] = (),
+    relisted: bool = False,
 ) -> Draft:
     """Any event, with ids that follow from its own."""
     context = Context(
@@ -47,6 +48,7 @@ def draft(
         actor=actor,
         reply_to=reply_to,
         occurred_at=None if occurred_at is None else EpochMs(occurred_at),
+        relisted=relisted,
     )
     return Draft(event_id, encode(IntakeEvent(context, event, auction_id, offer_id)), seen_ids)
 

@@ -16,6 +16,7 @@ import pytest
 import redis
 from websockets.sync.client import ClientConnection, connect
 
+from engine.contract.keys import shard_of
 from tests.integration.events import bid, event, fresh_id, started
 from tests.integration.records import (
     SHARDS,
@@ -257,6 +258,69 @@ def test_a_cancellation_before_the_start_waits_for_it(live_stack: LiveStack, nam
     assert (records[0]["actor_type"], records[0]["actor_id"]) == ("buyer", "b-1")
     assert records[-1]["new_status"] == "CANCELLED"
     assert ask(live_stack, auction_id, "cancel", reason="late").json()["current_status"] == "CANCELLED"
+
+
+def _beside(auction_id: str, *, same_shard: bool) -> str:
+    """An auction id nobody has used, in the same shard as another one or in another."""
+    shard = shard_of(auction_id, SHARDS)
+    return next(name for name in iter(fresh_id, "") if (shard_of(name, SHARDS) == shard) is same_shard)
+
+
+def _by_offer(offer_id: str) -> dict[str, Any]:
+    return event(
+        "offers.cancellation.completed", offer_id=offer_id, reason="withdrawn", actor={"type": "buyer", "id": "b"}
+    )
+
+
+@pytest.mark.requirement("R19")
+@pytest.mark.parametrize("same_shard", [True, False])
+@pytest.mark.parametrize("cancelled", ["while it ran", "before its start"])
+def test_an_offer_that_is_put_up_again_is_not_cancelled_once_more(
+    live_stack: LiveStack, same_shard: bool, cancelled: str
+) -> None:
+    """A cancellation by offer is about one auction: the next one runs, whichever shard it lives in, until it is cancelled."""
+    first, offer_id = fresh_id(), f"o-{fresh_id()}"
+    second = _beside(first, same_shard=same_shard)
+    if cancelled == "before its start":
+        live_stack.post(_by_offer(offer_id))
+    _start(live_stack, first, offer_id)
+    if cancelled == "while it ran":
+        live_stack.until_status(first, "ACTIVE")
+        live_stack.post(_by_offer(offer_id))
+    live_stack.until_status(first, "CANCELLED")
+    _start(live_stack, second, offer_id)
+    live_stack.until_status(second, "ACTIVE")
+    assert facts_of(live_stack, second) == [REGISTERED, STARTED]
+    assert live_stack.http.get(f"/offers/{offer_id}/cancellation").json()["auction_id"] == second
+    live_stack.post(_by_offer(offer_id))
+    live_stack.until_status(second, "CANCELLED")
+
+
+@pytest.mark.requirement("R19")
+@pytest.mark.parametrize("same_shard", [True, False])
+def test_of_two_auctions_of_an_offer_the_one_registered_last_is_cancelled(
+    live_stack: LiveStack, same_shard: bool
+) -> None:
+    """Also when it begins before the other one; wherever they live, the other one runs on."""
+    first, offer_id = fresh_id(), f"o-{fresh_id()}"
+    second = _beside(first, same_shard=same_shard)
+    _start(live_stack, first, offer_id)
+    live_stack.until_status(first, "ACTIVE")
+    _start(live_stack, second, offer_id, ago_ms=60_000)
+    live_stack.until_status(second, "ACTIVE")
+    asked = _by_offer(offer_id)
+    live_stack.post(asked)
+    until(lambda: _command(live_stack, asked["id"], "APPLIED"), "the cancellation is answered")
+    live_stack.until_status(second, "CANCELLED")
+    assert live_stack.timer(first)["status"] == "ACTIVE"
+
+
+def _start(stack: LiveStack, auction_id: str, offer_id: str, ago_ms: int = 1_000) -> None:
+    """Register an auction of an offer that has begun a while ago."""
+    now = now_of(stack)
+    start = started(auction_id, now - ago_ms, now + LONG_MS)
+    start["data"]["offer_id"] = offer_id
+    stack.post(start)
 
 
 @pytest.mark.requirement("R19", "R25")

@@ -163,9 +163,9 @@ while arg <= count do
       redis.call('SET', key, ARGV[a + 1])
     else
       -- Put up again, the offer belongs to a later auction: an earlier one that closes must not take it back.
-      local held = redis.call('GET', key)
-      if not held or held == ARGV[a + 1] then
-        redis.call('SET', key, ARGV[a + 1], 'PX', retention)
+      local held, value = redis.call('GET', key) or ARGV[a + 1], ARGV[a + 1]
+      if held == value or string.sub(held, 1, #value + 1) == value .. ' ' then
+        redis.call('SET', key, held, 'PX', retention)
       end
     end
   end
