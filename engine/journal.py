@@ -426,7 +426,7 @@ class Journal:
             "auction_id": auction_id,
             "correlation_id": context.correlation_id,
             "arrival_ms": entry.at,
-            "asked_by": context.actor.id,
+            "asked_by": context.submitted_by,
         }
 
     def _last_record(self) -> dict[str, str]:
@@ -501,6 +501,7 @@ class Journal:
                 "error": order.reason,
                 "operator": context.actor.id,
                 "correlation_id": context.correlation_id,
+                "asked_by": command["asked_by"],
             }
         )
         if command["reply_to"] is not None:
@@ -532,6 +533,7 @@ class Journal:
                 "first_seen_at": first_seen_at,
                 "payload": _readable(entry.body),
                 "reply_to": context.reply_to if context else None,
+                "asked_by": context.submitted_by if context else None,
             }
         )
         self._parked[command_id] = body
@@ -596,6 +598,7 @@ def _command(command_id: str, body: bytes) -> dict[str, Any]:
         "first_seen_at": 1,
         "payload": None,
         "reply_to": None,
+        "asked_by": None,
     }
     command = blank | command | {"command_id": command_id}
     for name in ("attempts", "first_seen_at"):

@@ -176,8 +176,8 @@ def _may_cancel(principal: Principal, offer: Offer) -> bool:
 
 
 def _may_know(principal: Principal, outcome: dict[str, Any]) -> bool:
-    """Who asked, and operators. Of what is pending nobody's name is known: producers may ask, whose ids these are, and
-    whoever has the id of a gateway's command, which cannot be guessed."""
+    """Whoever's token it came with, and operators. Of what is pending no name is known: producers may ask, whose ids these
+    are, and whoever has the id of a gateway's command, which cannot be guessed."""
     if principal.may(Scope.OPS) or outcome.get("asked_by") == principal.subject:
         return True
     is_a_gateways = outcome["command_id"].startswith(COMMAND_ID_PREFIX)

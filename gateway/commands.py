@@ -65,7 +65,15 @@ class Commands:
                 headers={"Retry-After": RETRY_AFTER_S},
             )
         command_id = f"{COMMAND_ID_PREFIX}{shard}-{uuid4().hex}"
-        context = Context(command_id, event_type.value, trace_id, correlation_id, actor, self._reply_to[shard])
+        context = Context(
+            command_id,
+            event_type.value,
+            trace_id,
+            correlation_id,
+            actor,
+            self._reply_to[shard],
+            submitted_by=actor.id or None,
+        )
         draft = Draft(command_id, intake.encode(IntakeEvent(context, event, auction_id)))
         answer = self._waiting[command_id] = asyncio.get_running_loop().create_future()
         try:

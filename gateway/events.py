@@ -455,7 +455,12 @@ _CLOUDEVENTS: Final = _EnvelopeKind(
 
 
 def parse_events(
-    body: bytes, *, correlation_id: str, traceparent: str | None, new_trace_id: Callable[[], str]
+    body: bytes,
+    *,
+    correlation_id: str,
+    traceparent: str | None,
+    new_trace_id: Callable[[], str],
+    submitted_by: str | None = None,
 ) -> list[IntakeEvent]:
     """Read the body of a `POST /events`: one event or an array of them, in either envelope, also mixed.
 
@@ -464,6 +469,7 @@ def parse_events(
         correlation_id: of the request, for events that bring none.
         traceparent: the request's header, for events that bring no trace.
         new_trace_id: makes a trace id where there is none at all.
+        submitted_by: the subject of the request's token.
 
     Returns:
         The events, 1 to `EVENTS_MAX`, in their order.
@@ -474,7 +480,7 @@ def parse_events(
             `ERRORS_LISTED_MAX` in all; `errors_total` says how many there are.
     """
     batch = _read_batch(body)
-    request = _Request(correlation_id, trace_id_of(traceparent), new_trace_id)
+    request = _Request(correlation_id, trace_id_of(traceparent), new_trace_id, submitted_by)
     events: list[IntakeEvent] = []
     refused: list[tuple[int, list[_Fault]]] = []
     for index, raw in enumerate(batch):
@@ -557,6 +563,7 @@ class _Request:
     correlation_id: str
     trace_id: str | None
     new_trace_id: Callable[[], str]
+    submitted_by: str | None
 
     def intake_event(self, envelope: Envelope) -> IntakeEvent:
         detail: Detail = envelope.detail
@@ -568,6 +575,7 @@ class _Request:
             actor=detail.asked_by(),
             reply_to=detail.reply_to,
             occurred_at=envelope.time,
+            submitted_by=self.submitted_by,
         )
         auction_id, offer_id = detail.subject()
         return IntakeEvent(context, detail.event(), auction_id, offer_id)

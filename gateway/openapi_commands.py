@@ -84,6 +84,7 @@ _COMMAND: Final[dict[str, Any]] = {
         "first_seen_at": INSTANT,
         "payload": {},
         "reply_to": _NULLABLE_TEXT,
+        "asked_by": {"type": ["string", "null"], "description": "the subject of the token it came with"},
         "shard": {"type": "integer"},
         "reason": {"type": "string"},
         "operator": {"type": "string"},

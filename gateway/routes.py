@@ -68,13 +68,14 @@ class Api:
 
     async def post_events(self, request: Request) -> Response:
         """Accept one event or a batch, all or nothing, and answer with each one's arrival."""
-        require(request, Scope.EVENTS_WRITE)
+        principal = require(request, Scope.EVENTS_WRITE)
         body = await bounded_body(request)
         events = parse_events(
             body,
             correlation_id=request.state.correlation_id,
             traceparent=request.headers.get("traceparent"),
             new_trace_id=lambda: uuid4().hex,
+            submitted_by=principal.subject or None,
         )
         appended = await self._append(events)
         results = [

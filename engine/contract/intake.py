@@ -82,6 +82,9 @@ class Context:
     reply_to: str | None = None
     occurred_at: EpochMs | None = None
     """When the producer says it happened: only ever measured (requirement R31), never decided on."""
+    submitted_by: str | None = None
+    """The subject of the token that it came with: whoever brings that may learn what became of it, whoever `actor` says
+    asked. None where nobody was asked for a token."""
     relisted: bool = False
     """Of a start: its offer stood for another auction already, be it in another shard (docs/decisions/0006)."""
 
@@ -186,6 +189,8 @@ def encode(event: IntakeEvent) -> bytes:
         "occurred_at": context.occurred_at,
         "detail": _detail(event.event),
     }
+    if context.submitted_by is not None:
+        body["submitted_by"] = context.submitted_by
     if context.relisted:
         body["relisted"] = True
     return orjson.dumps(body)
@@ -237,6 +242,7 @@ def decode(event_id: str, body: bytes) -> IntakeEvent:
         actor=Actor(actor.text("type"), actor.text("id")),
         reply_to=fields.text_or_none("reply_to"),
         occurred_at=fields.instant_or_none("occurred_at"),
+        submitted_by=fields.text_or_none("submitted_by"),
         relisted="relisted" in raw and fields.flag("relisted"),
     )
     event = build(auction_id or "", fields.fields("detail"))

@@ -62,7 +62,7 @@ def kept(world: World, command_id: str) -> dict[str, Any]:
 @pytest.mark.requirement("R26")
 async def test_a_cancelled_command_is_gone_recorded_and_answered(world: World, worker: Worker) -> None:
     """Out of troubleshooting for good, one record in the operator's name, the reason to whoever waits for the command."""
-    await played(world, worker, bid("unknown", "b-1", reply_to="bidding"))
+    await played(world, worker, bid("unknown", "b-1", reply_to="bidding", submitted_by="bidding-7"))
     assert world.answers("bidding")[0]["outcome"] == "IN_TROUBLESHOOTING_QUEUE"
     await played(world, worker, discard("bid-b-1", "order-1", reply_to="gateway"), after_s=60)
 
@@ -99,6 +99,7 @@ async def test_a_cancelled_command_is_gone_recorded_and_answered(world: World, w
         "error": "of no use",
         "operator": "op-1",
         "correlation_id": "req-order-1",
+        "asked_by": "bidding-7",
     }
     assert world.store.replies["bidding"][1][:2] == ("CANCELED", "bid-b-1")
     assert kept(world, "bid-b-1") == told
@@ -108,7 +109,7 @@ async def test_a_cancelled_command_is_gone_recorded_and_answered(world: World, w
 async def test_the_operator_is_answered_with_the_command_and_its_record(world: World, worker: Worker) -> None:
     """The command as it now stands, and the metadata of the record, which is the one in the chain."""
     await played(world, worker, quick(), bid("unknown", "b-1"))
-    await played(world, worker, discard("bid-b-1", "order-1", reply_to="gateway"), after_s=5)
+    await played(world, worker, discard("bid-b-1", "order-1", reply_to="gateway", submitted_by="op-1"), after_s=5)
     (answer,) = world.answers("gateway")
     assert (answer["outcome"], answer["command_id"], answer["asked_by"]) == ("APPLIED", "order-1", "op-1")
     command = answer["command"]

@@ -37,6 +37,7 @@ def draft(
     actor: Actor = MAKER,
     occurred_at: int | None = None,
     seen_ids: tuple[str, ...] = (),
+    submitted_by: str | None = None,
     relisted: bool = False,
 ) -> Draft:
     """Any event, with ids that follow from its own."""
@@ -48,6 +49,7 @@ def draft(
         actor=actor,
         reply_to=reply_to,
         occurred_at=None if occurred_at is None else EpochMs(occurred_at),
+        submitted_by=submitted_by,
         relisted=relisted,
     )
     return Draft(event_id, encode(IntakeEvent(context, event, auction_id, offer_id)), seen_ids)

@@ -97,6 +97,7 @@ async def test_what_waits_is_listed_the_longest_first() -> None:
             "attempts": 1,
             "first_seen_at": BORN_MS + 1,
             "reply_to": "inbox-1",
+            "asked_by": None,
             "shard": 0,
         }
 

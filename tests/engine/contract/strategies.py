@@ -125,6 +125,7 @@ def intake_events(draw: DrawFn, types: tuple[EventType | CommandType, ...] = (*E
         actor=draw(actors),
         reply_to=draw(maybe_texts),
         occurred_at=draw(st.none() | instants),
+        submitted_by=draw(maybe_texts),
         relisted=draw(st.booleans()),
     )
     event = draw(events(event_type, auction_id))

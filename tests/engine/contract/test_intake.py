@@ -198,6 +198,14 @@ def test_the_written_body_is_the_documented_one(event_type: Type) -> None:
 
 
 @pytest.mark.parametrize("event_type", EVENTS)
+def test_what_came_with_a_token_says_whose(event_type: Type) -> None:
+    """A body without one, as earlier versions wrote it, names nobody."""
+    body = body_of(event_type)
+    assert read(body).context.submitted_by is None
+    assert read(body | {"submitted_by": "bidding-7"}).context.submitted_by == "bidding-7"
+
+
+@pytest.mark.parametrize("event_type", EVENTS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_an_event_reads_back_as_it_was_written(event_type: Type, data: st.DataObject) -> None:
