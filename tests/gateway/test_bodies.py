@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.types import Message
 
-from gateway.bodies import ERRORS_LISTED_MAX, bounded_body, read_body
+from gateway.bodies import DISCARDED_BYTES_MAX, ERRORS_LISTED_MAX, bounded_body, read_body
 from gateway.command_routes import CancelBody, PauseBody
 from gateway.events import BODY_BYTES_MAX
 from gateway.problems import Problem, ProblemType
@@ -19,15 +19,19 @@ class Crowd(BaseModel):
     numbers: list[int]
 
 
-def request(*chunks: bytes, ends: bool = True) -> Request:
-    """A request whose body comes in these pieces; one that does not end is cut off."""
-    messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-    messages.append({"type": "http.request", "body": b"", "more_body": False} if ends else {"type": "http.disconnect"})
+def request(
+    *chunks: bytes, ends: bool = True, headers: dict[str, str] | None = None, messages: list[Message] | None = None
+) -> Request:
+    """A request whose body comes in these pieces; one that does not end is cut off. `messages`: gets what is not read yet."""
+    left: list[Message] = [] if messages is None else messages
+    left += [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    left.append({"type": "http.request", "body": b"", "more_body": False} if ends else {"type": "http.disconnect"})
 
     async def receive() -> Message:
-        return messages.pop(0)
+        return left.pop(0)
 
-    return Request({"type": "http", "method": "POST", "headers": []}, receive)
+    given = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    return Request({"type": "http", "method": "POST", "headers": given}, receive)
 
 
 async def refused(asked: Request, model: type[BaseModel] = CancelBody) -> Problem:
@@ -89,14 +93,55 @@ async def test_no_more_faults_are_listed_than_the_bound() -> None:
     assert len(problem.extra["errors"]) == ERRORS_LISTED_MAX
 
 
+async def too_large(asked: Request) -> Problem:
+    """The problem that a body of too many bytes is refused with."""
+    with pytest.raises(Problem) as raised:
+        await bounded_body(asked)
+    assert raised.value.type is ProblemType.PAYLOAD_TOO_LARGE
+    return raised.value
+
+
 async def test_a_body_is_held_up_to_its_bound() -> None:
-    """Exactly the bound passes, one byte more does not, and what follows is not read."""
+    """Exactly the bound passes and one byte more does not. That one is read to its end, so the connection can stay."""
     assert len(await bounded_body(request(b" " * BODY_BYTES_MAX))) == BODY_BYTES_MAX
     half = b" " * (BODY_BYTES_MAX // 2)
-    with pytest.raises(Problem) as raised:
-        await bounded_body(request(half, half, b" ", ends=False))
-    assert raised.value.type is ProblemType.PAYLOAD_TOO_LARGE
-    assert raised.value.headers["Connection"] == "close"
+    left: list[Message] = []
+    problem = await too_large(request(half, half, b" ", b" ", messages=left))
+    assert left == []
+    assert "Connection" not in problem.headers
+
+
+async def test_what_is_thrown_away_has_a_bound_too() -> None:
+    """Who goes on sending is not listened to for ever: the connection ends."""
+    piece = b" " * BODY_BYTES_MAX
+    left: list[Message] = []
+    problem = await too_large(request(*[piece] * (DISCARDED_BYTES_MAX // BODY_BYTES_MAX), b" ", b" ", messages=left))
+    assert len(left) == 2
+    assert problem.headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_read"),
+    [
+        ({"content-length": str(BODY_BYTES_MAX + 1)}, True),
+        ({"content-length": str(DISCARDED_BYTES_MAX)}, True),
+        ({"content-length": str(DISCARDED_BYTES_MAX + 1)}, False),
+        ({"content-length": str(BODY_BYTES_MAX + 1), "expect": "100-continue"}, False),
+        ({"content-length": str(BODY_BYTES_MAX + 1), "expect": "100-Continue"}, False),
+    ],
+)
+async def test_a_claim_is_refused_unread_only_where_nobody_is_cut_off(headers: dict[str, str], is_read: bool) -> None:
+    """A sender who waits for leave gets the answer instead; one who sends at once is read, unless that is far too much."""
+    left: list[Message] = []
+    problem = await too_large(request(b" " * (BODY_BYTES_MAX + 1), headers=headers, messages=left))
+    assert (left == []) is is_read
+    assert ("Connection" in problem.headers) is not is_read
+
+
+async def test_a_small_body_that_waits_for_leave_gets_it() -> None:
+    """The first look at the body is what gives it."""
+    headers = {"content-length": "2", "expect": "100-continue"}
+    assert await bounded_body(request(b"{}", headers=headers)) == b"{}"
 
 
 async def test_half_a_body_is_none() -> None:

@@ -14,6 +14,7 @@ from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.link import RedisRefusedError
 from engine.store.protocol import Draft, IntakeFullError, StoreUnavailableError
+from gateway.bodies import DISCARDED_BYTES_MAX
 from gateway.events import BODY_BYTES_MAX
 from gateway.feeds import SILENCE_MAX_MS
 from gateway.routes import VERSION, next_poll_ms
@@ -258,7 +259,7 @@ async def test_every_answer_carries_the_correlation_id_also_a_500() -> None:
 
 
 async def test_a_body_is_read_up_to_its_bound_and_no_further() -> None:
-    """A sender that never ends is refused after 1 MiB, whatever length it claims; nothing of it is taken."""
+    """A sender that never ends is refused at last, whatever length it claims; nothing of it is taken."""
     chunk = b" " * 65_536
     given = 0
 
@@ -273,7 +274,7 @@ async def test_a_body_is_read_up_to_its_bound_and_no_further() -> None:
         assert (answer.status_code, answer.json()["error_code"]) == (413, "PAYLOAD_TOO_LARGE")
         assert answer.json()["body_bytes_max"] == BODY_BYTES_MAX
         assert answer.headers["connection"] == "close"
-        assert BODY_BYTES_MAX < given <= BODY_BYTES_MAX + 2 * len(chunk)
+        assert DISCARDED_BYTES_MAX < given <= DISCARDED_BYTES_MAX + 2 * len(chunk)
         fits = orjson.dumps(START)
         answer = await made.http.post("/events", content=fits + b" " * (BODY_BYTES_MAX - len(fits)))
         assert answer.status_code == 202

@@ -1,6 +1,9 @@
 """The HTTP surface: what is asked wrongly is answered as documented, and changes nothing."""
 
+import contextlib
 import json
+import socket
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -31,6 +34,27 @@ def test_bad_bodies_get_the_documented_problem(live_stack: LiveStack) -> None:
         assert (answer.status_code, answer.json()["error_code"]) == (status, code), body[:40]
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["correlation_id"] == answer.headers["x-correlation-id"]
+
+
+@pytest.mark.parametrize("size", [2 << 20, 10 << 20])
+def test_who_reads_nothing_before_everything_is_sent_gets_the_413(live_stack: LiveStack, size: int) -> None:
+    """The clients of the standard library do so: they used to find a reset in place of the answer. The connection stays."""
+    connection = HTTPConnection("127.0.0.1", live_stack.http.base_url.port, timeout=30)
+    with contextlib.closing(connection):
+        for _ in range(3):
+            connection.request("POST", "/events", b" " * size)
+            answer = connection.getresponse()
+            assert (answer.status, json.loads(answer.read())["error_code"]) == (413, "PAYLOAD_TOO_LARGE")
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 99999999999", b"Content-Length: 1048577\r\nExpect: 100-continue"])
+def test_a_body_that_need_not_be_sent_is_refused_before_it_is(live_stack: LiveStack, head: bytes) -> None:
+    """Its length alone says so, and nobody is told to continue."""
+    with socket.create_connection(("127.0.0.1", live_stack.http.base_url.port), timeout=10) as peer:
+        peer.sendall(b"POST /events HTTP/1.1\r\nHost: 127.0.0.1\r\n%b\r\n\r\n" % head)
+        answer = b"".join(iter(lambda: peer.recv(65_536), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in answer.lower()
 
 
 @pytest.mark.parametrize(
