@@ -66,6 +66,11 @@ from auction_timer.processes import (
 # silently cuts a longer path off and listens where nobody looks.
 SOCKET_PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103
 
+GLIBC_TUNABLES: Final = "glibc.malloc.tcache_count=20000"
+"""How the server's C library keeps freed pieces, unless the environment says otherwise. The wheel's server has no allocator
+of its own; a commit frees some thousand small pieces at once, of which glibc keeps 7 of a size by default and merges the
+others with their neighbours, at a cost that grows with what the heap holds (docs/decisions/0005)."""
+
 # Loading reads about a million commands a second, so this is tens of millions; a machine that swaps needs the margin.
 START_DEADLINE_MS: Final = 60_000
 # An empty server answers within 10 to 70 ms of its start; polling finer than that finds nothing sooner.
@@ -746,4 +751,5 @@ async def _loaded_percent(client: Redis) -> float | None:
 
 def _environment() -> dict[str, str]:
     """Ours without our own settings: the server has no use for the secrets among them."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
+    return {"GLIBC_TUNABLES": GLIBC_TUNABLES} | ours

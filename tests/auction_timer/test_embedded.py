@@ -294,6 +294,23 @@ async def test_the_server_does_not_see_our_secrets(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(
+    ("chosen", "seen"), [(None, embedded.GLIBC_TUNABLES), ("glibc.malloc.check=1", "glibc.malloc.check=1")]
+)
+async def test_the_servers_allocator_keeps_what_it_frees(
+    short_tmp: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, seen: str
+) -> None:
+    """The C library is told to, unless whoever runs the program has told it something else."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", chosen)
+    curious = program(short_tmp / "curious", "import os; print(os.environ['GLIBC_TUNABLES'])")
+    with pytest.raises(ServerStartError) as caught:
+        await EmbeddedServer(data_dir, curious).start()
+    assert seen in caught.value.log_lines
+
+
+@pytest.mark.integration
 async def test_data_outlives_the_server(binary: ServerBinary, data_dir: Path) -> None:
     """A later server on the same directory has the data, through the same object or another one."""
     first = EmbeddedServer(data_dir, binary)
