@@ -28,8 +28,8 @@ def pages() -> dict[str, str]:
 
 _HOW_TO_SET: Final = (
     f"Every setting is an environment variable `{PREFIX}*`, or a line of a `.env` file in the working directory. Options "
-    "of the command line go before both. An unknown name is an error. `auction-timer check-config` prints the effective "
-    "settings and every inconsistency."
+    "of the command line go before both. A list is written with commas between its items, or as JSON. An unknown name is an "
+    "error. `auction-timer check-config` prints the effective settings and everything that is wrong with them."
 )
 
 
@@ -58,7 +58,8 @@ def configuration() -> str:
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else f"`{value}`"
+    shown = ",".join(value) if isinstance(value, list) else value
+    return "-" if shown in (None, "") else f"`{shown}`"
 
 
 def _type(annotation: Any) -> str:
@@ -66,7 +67,7 @@ def _type(annotation: Any) -> str:
     if arguments and all(isinstance(argument, str) for argument in arguments):
         return " or ".join(f"`{argument}`" for argument in arguments)
     if getattr(annotation, "__origin__", None) is list:
-        return "JSON list"
+        return "list"
     kind = arguments[0] if arguments else annotation
     names = {"int": "integer", "str": "text", "bool": "true or false", "Path": "path"}
     return names.get(kind.__name__, str(kind.__name__))

@@ -4,14 +4,17 @@ One class for all roles, because one environment serves them all, and a name nob
 """
 
 import ipaddress
+import json
 import os
 from base64 import b64decode
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.contract.keys import SHARDS_MAX
 from engine.domain.instants import HOUR_MS
@@ -19,6 +22,7 @@ from engine.domain.withdrawal import WINDOW_MINUTES_MAX
 from engine.store.limits import StoreLimits
 
 PREFIX = "AUCTION_TIMER_"
+ENV_FILE: Final = Path(".env")
 
 
 class SettingsError(ValueError):
@@ -29,10 +33,25 @@ class SettingsError(ValueError):
         self.faults = faults
 
 
+def _listed(value: Any) -> Any:
+    """The items of a list that came as text: JSON, or with commas between them."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip().startswith("["):
+        return [item for part in value.split(",") if (item := part.strip())]
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError("must be a JSON list, or items with commas between them") from None
+
+
+Texts = Annotated[list[str], NoDecode, BeforeValidator(_listed)]
+
+
 class Settings(BaseSettings):
     """The effective settings of a process."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=ENV_FILE, extra="ignore", frozen=True)
 
     redis_url: str | None = Field(
         None,
@@ -99,9 +118,9 @@ class Settings(BaseSettings):
     webhook_secret: str | None = Field(
         None, repr=False, min_length=1, description="Secret that signs what is posted to the webhook (HMAC-SHA256)."
     )
-    webhook_types: list[str] = Field(
+    webhook_types: Texts = Field(
         default_factory=lambda: ["offers.*", "auction_timer_*", "timer.*"],
-        description='Types of outbound events that are posted, as a JSON list of patterns such as `["offers.*"]`.',
+        description="Types of outbound events that are posted, as a list of patterns such as `offers.*`.",
     )
     webhook_attempts_max: int = Field(
         20, ge=1, le=1_000, description="Attempts to post an event before it is put aside, about 15 minutes by default."
@@ -109,9 +128,9 @@ class Settings(BaseSettings):
     token: str | None = Field(
         None, repr=False, description="Token that the command line sends to a gateway. Servers do not read it."
     )
-    allowed_origins: list[str] = Field(
+    allowed_origins: Texts = Field(
         default_factory=list,
-        description='Origins of pages that may use the API, as a JSON list, e.g. `["https://bids.example"]`. '
+        description="Origins of pages that may use the API, such as `https://bids.example`. "
         "The gateway's own origin always may.",
     )
     connections_max: int = Field(
@@ -252,6 +271,11 @@ class Settings(BaseSettings):
                 "AUCTION_TIMER_JWT_SECRET, _JWKS_URL or _JWKS_FILE, or bind 127.0.0.1 behind a proxy that authenticates, "
                 "or add --insecure if anybody there may read and write"
             )
+        found += [
+            f"allowed_origins names {origin!r}, which is no origin: write scheme://host or scheme://host:port"
+            for origin in self.allowed_origins
+            if not _is_origin(origin)
+        ]
         if self.intake_retained * 2 > self.intake_max:
             found.append("intake_retained is more than half of intake_max: the intake would be full of applied entries")
         return found + self._webhook_faults()
@@ -282,21 +306,73 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: a value is wrong, or an `AUCTION_TIMER_*` name is unknown.
         """
-        known = {PREFIX + name.upper() for name in cls.model_fields}
-        unknown = [name for name in sorted(os.environ) if name.startswith(PREFIX) and name not in known]
-        unknown += [name for name in _env_file_names() if name.startswith(PREFIX) and name not in known]
-        faults = [f"{name} is no setting; see docs/configuration.md" for name in unknown]
+        reading = cls.read(**options)
+        if reading.faults:
+            raise SettingsError(reading.faults)
+        return reading.settings
+
+    @classmethod
+    def read(cls, **options: Any) -> "Reading":
+        """As `load`, but what is wrong is told beside what is not."""
+        given = {name: value for name, value in options.items() if value is not None}
+        env_file: Path | None = ENV_FILE
+        faults: list[str] = []
+        names = sorted(os.environ)
         try:
-            settings = cls(**{name: value for name, value in options.items() if value is not None})
+            names += _env_file_names()
+        except (UnicodeDecodeError, OSError) as error:
+            env_file = None
+            faults.append(_env_file_fault(error))
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        faults += [
+            f"{name} is no setting; see docs/configuration.md"
+            for name in names
+            if name.upper().startswith(PREFIX) and name.upper() not in known
+        ]
+        try:
+            return Reading(cls(_env_file=env_file, **given), faults, frozenset())
         except ValidationError as error:
-            faults += [
-                f"{PREFIX}{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}"
-                for fault in error.errors(include_input=False, include_url=False)
-            ]
-            raise SettingsError(faults) from None
-        if faults:
-            raise SettingsError(faults)
-        return settings
+            found = error.errors(include_input=False, include_url=False)
+        faults += [f"{_named(fault, given)} {_wording(fault)}" for fault in found]
+        wrong = frozenset(str(fault["loc"][0]) for fault in found)
+        instead = {name: cls.model_fields[name].get_default(call_default_factory=True) for name in wrong}
+        return Reading(cls(_env_file=env_file, **(given | instead)), faults, wrong)
+
+
+class Reading(NamedTuple):
+    """What was found where settings come from."""
+
+    settings: Settings
+    """With the default in place of each wrong value."""
+    faults: list[str]
+    """Wrong values and unknown names, each with what to do."""
+    wrong: frozenset[str]
+    """The settings whose values are wrong."""
+
+
+_WORDINGS: Final = {
+    "bool_parsing": "must be true or false",
+    "greater_than_equal": "must be at least {ge}",
+    "int_parsing": "must be a whole number",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must match {pattern}",
+    "string_too_short": "must not be empty",
+    "value_error": "{error}",
+}
+"""Of the faults that a value from the environment can have; pydantic's own words stand for the others."""
+
+
+def _wording(fault: ErrorDetails) -> str:
+    words = _WORDINGS.get(fault["type"])
+    return fault["msg"] if words is None else words.format(**fault.get("ctx", {}))
+
+
+def _named(fault: ErrorDetails, options: Collection[str]) -> str:
+    """Where a wrong value came from: the option, else the environment or the file."""
+    name, *inside = fault["loc"]
+    source = f"--{name}".replace("_", "-") if name in options else f"{PREFIX}{name}".upper()
+    return source + "".join(f"[{part}]" for part in inside) + ":"
 
 
 def _is_secure(url: str) -> bool:
@@ -308,6 +384,17 @@ def _is_secure(url: str) -> bool:
         )
     except ValueError:  # such as "http://["
         return False
+
+
+def _is_origin(text: str) -> bool:
+    """Whether a browser can name this as the origin of a page (RFC 6454, section 6.1); it may end in a slash."""
+    text = text.lower().removesuffix("/")
+    try:
+        parts = urlsplit(text)
+        is_whole = bool(parts.scheme and parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
+    return is_whole and text == f"{parts.scheme}://{parts.netloc}" and not set("*@ ") & set(parts.netloc)
 
 
 def _is_signing_secret(secret: str) -> bool:
@@ -332,5 +419,10 @@ def _is_loopback(host: str) -> bool:
 def _env_file_names() -> list[str]:
     from dotenv import dotenv_values
 
-    path = Path(".env")
-    return [name.upper() for name in dotenv_values(path)] if path.is_file() else []
+    return list(dotenv_values(ENV_FILE)) if ENV_FILE.is_file() else []
+
+
+def _env_file_fault(error: UnicodeDecodeError | OSError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"{ENV_FILE} is not UTF-8 (byte {error.start}): save it as UTF-8, or set the environment instead"
+    return f"{ENV_FILE} cannot be read ({error.strerror or error}): correct its mode, or set the environment instead"

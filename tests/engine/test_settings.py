@@ -1,5 +1,6 @@
 """Tests for engine.settings: where settings come from, which are refused, and with which words."""
 
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,41 @@ def test_two_engines_of_one_machine_have_different_names() -> None:
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`AUCTION_TIMER_*`, as text; lists as JSON."""
+    """`AUCTION_TIMER_*`, as text, in capitals or not."""
     monkeypatch.setenv("AUCTION_TIMER_SHARDS", "32")
-    monkeypatch.setenv("AUCTION_TIMER_REDIS_URL", "redis://cache:7000")
-    monkeypatch.setenv("AUCTION_TIMER_ALLOWED_ORIGINS", '["https://bids.example"]')
+    monkeypatch.setenv("auction_timer_redis_url", "redis://cache:7000")
     settings = Settings.load()
-    assert (settings.shards, settings.redis_url, settings.allowed_origins) == (
-        32,
-        "redis://cache:7000",
-        ["https://bids.example"],
-    )
+    assert (settings.shards, settings.redis_url) == (32, "redis://cache:7000")
+
+
+LISTS = [name for name, field in Settings.model_fields.items() if typing.get_origin(field.annotation) is list]
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("text", ['["http://a", "http://b:1"]', "http://a,http://b:1", " http://a , http://b:1,, "])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_list_is_written_as_json_or_with_commas(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, in_file: bool
+) -> None:
+    """Whichever comes to mind, in the environment and in the file, for every setting that is a list."""
+    if in_file:
+        (nowhere / ".env").write_text(f"{PREFIX}{name.upper()}='{text}'\n")
+    else:
+        monkeypatch.setenv(f"{PREFIX}{name.upper()}", text)
+    assert getattr(Settings.load(), name) == ["http://a", "http://b:1"]
+    monkeypatch.setenv(f"{PREFIX}{name.upper()}", "")
+    assert getattr(Settings.load(), name) == []
+
+
+def test_a_list_that_is_none_is_a_fault_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torn JSON, and JSON of something else than text."""
+    for text, words in (('["http://a"', "must be a JSON list"), ('["http://a", 7]', "[1]: ")):
+        monkeypatch.setenv("AUCTION_TIMER_ALLOWED_ORIGINS", text)
+        with pytest.raises(SettingsError) as raised:
+            Settings.load()
+        (fault,) = raised.value.faults
+        assert fault.startswith("AUCTION_TIMER_ALLOWED_ORIGINS")
+        assert words in fault
 
 
 def test_settings_come_from_a_file(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +97,65 @@ def test_an_unknown_name_is_an_error(nowhere: Path, monkeypatch: pytest.MonkeyPa
         "AUCTION_TIMER_REDIS",
     ]
     assert "docs/configuration.md" in str(raised.value)
+
+
+def test_a_typo_in_small_letters_is_one_too(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names count in any letters, so an unknown one does as well; it is shown as it was written."""
+    monkeypatch.setenv("auction_timer_prot", "4")
+    (nowhere / ".env").write_text("auction_timer_Redis=redis://x\n")
+    with pytest.raises(SettingsError) as raised:
+        Settings.load()
+    assert [fault.split()[0] for fault in raised.value.faults] == ["auction_timer_prot", "auction_timer_Redis"]
+
+
+def test_a_file_that_cannot_be_read_is_a_fault(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a traceback: the sentence names the file, and what is wrong elsewhere is said as well."""
+    (nowhere / ".env").write_bytes(b"AUCTION_TIMER_PORT=9000\nNAME=\xe9\n")
+    monkeypatch.setenv("AUCTION_TIMER_SHARDS", "0")
+    with pytest.raises(SettingsError) as raised:
+        Settings.load()
+    file, shards = raised.value.faults
+    assert file.startswith(".env is not UTF-8")
+    assert shards.startswith("AUCTION_TIMER_SHARDS: ")
+
+
+def test_what_can_be_read_is_read_beside_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong value has its default, and is named; the others are as they were set."""
+    monkeypatch.setenv("AUCTION_TIMER_SHARDS", "many")
+    monkeypatch.setenv("AUCTION_TIMER_PORT", "9000")
+    reading = Settings.read()
+    assert (reading.settings.shards, reading.settings.port) == (8, 9000)
+    assert reading.wrong == {"shards"}
+    assert len(reading.faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("PORT", "65536", "must be at most 65535"),
+        ("SHARDS", "0", "must be at least 1"),
+        ("SHARDS", "many", "must be a whole number"),
+        ("INSECURE", "perhaps", "must be true or false"),
+        ("DURABILITY", "wished", "must be 'local' or 'replicated'"),
+        ("WEBHOOK_SECRET", "", "must not be empty"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    """Not in those of the library that has found it."""
+    monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(SettingsError) as raised:
+        Settings.load()
+    assert raised.value.faults == [f"{PREFIX}{name}: {words}"]
+
+
+def test_a_wrong_option_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wrote `--port` need not look for a variable."""
+    monkeypatch.setenv("AUCTION_TIMER_PORT", "9000")
+    with pytest.raises(SettingsError) as raised:
+        Settings.load(port=70_000)
+    assert raised.value.faults == ["--port: must be at most 65535"]
 
 
 @pytest.mark.parametrize(
@@ -145,12 +230,32 @@ def test_an_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"jwks_url": "https://keys.example/jwks", "jwks_file": __file__}, "jwks_url and jwks_file"),
         ({"host": "0.0.0.0"}, "0.0.0.0"),
         ({"intake_max": 100_000}, "intake_retained"),
+        *(
+            ({"allowed_origins": [origin]}, repr(origin))
+            for origin in (
+                *("foo", "*", "null", "https://*.example", "https://a.example/bids", "https://a.example//"),
+                *(
+                    "https://ada@a.example",
+                    "https://a.example:x",
+                    "https://[",
+                    "//a.example",
+                    "https://",
+                    "a.example:443",
+                ),
+            )
+        ),
     ],
 )
 def test_an_inconsistency_is_a_fault(options: dict[str, Any], word: str) -> None:
     """One sentence for each, which names the setting at fault."""
     (fault,) = Settings.load(**options).faults()
     assert word in fault
+
+
+def test_an_origin_is_what_a_browser_names() -> None:
+    """Scheme and host, and a port where it is an unusual one; a slash behind it and capitals do no harm."""
+    origins = ["https://bids.example", "http://localhost:3000/", "HTTPS://Bids.Example", "http://[::1]:80", "app://x"]
+    assert Settings.load(allowed_origins=origins).faults() == []
 
 
 def test_every_inconsistency_is_listed() -> None:
