@@ -7,11 +7,13 @@ A JSON object a line comes in on stdin, and each is answered by one on stdout wh
     open     {port, auctions, sockets, stuck_every, frame_bytes}   connect, 100 at a time; answered when all are connected
     expect   {frames}                                              answered when so many more frames of `frame_bytes` came
     measure  {}                                                    forget what was measured, from now on it counts
+    progress {}                                                    frames so far, and the last bid that everyone has
     report   {}                                                    delivery per lane, gaps, doubles, closes
     storm    {drop}                                                cut every socket, or wait until the server does; come back
                                                                    with `since`; answered when everyone is connected again
 
-A frame is stamped when it has been read, so delays of this process count as delays of the server. The sockets have the
+Bytes are stamped when they have been read, and looked at when nobody else has any: a crowd that is written at once is read
+as fast as it comes, and what delays this process all the same counts as a delay of the server. The sockets have the
 segment size of an Ethernet: with the 64 kB of a loopback the kernel would give each of them a send buffer of 2.6 MB, and a
 reader that is stuck would not be noticed for minutes. Every 5,000 sockets come from another address, so that ports last.
 """
@@ -42,6 +44,7 @@ RETRY_S: Final = 1.0
 OPENING_MAX: Final = 100
 """Handshakes at a time, but for a storm: what thousands of half-open ones need at once is no idle socket's memory."""
 REFUSED_MAX: Final = 100_000
+UNREAD_MAX: Final = 20_000
 
 TICK: Final = b'{"type":"timer.tick"'
 BID: Final = b'{"type":"bid.accepted"'
@@ -109,6 +112,8 @@ class Client:
         self._comes_back = False
         self._since = 0.0
         self._commands = b""
+        self._unread: list[tuple[Socket, bytes, float]] = []
+        """What came, and when, in ms; not looked at yet."""
 
     # Commands.
 
@@ -118,8 +123,12 @@ class Client:
         os.set_blocking(stdin, False)
         self._epoll.register(stdin, select.EPOLLIN)
         while True:
-            for fd, _ in self._epoll.poll(0.05, 4_096):
+            ready = self._epoll.poll(0 if self._unread else 0.05, 4_096)
+            if not ready:
+                self._look()
+            for fd, _ in ready:
                 if fd == stdin:
+                    self._look()
                     if not self._read_commands(stdin):
                         return
                 elif (watcher := self._by_fd.get(fd)) is not None:
@@ -163,10 +172,17 @@ class Client:
         self.measured = Measured()
         self._answer()
 
+    def do_progress(self) -> None:
+        """Tell how far everyone is, without working through what was measured: others are being written to meanwhile."""
+        numbers = [watcher.number for watcher in self._sockets if not watcher.is_stuck]
+        self._answer(
+            frames=self.measured.frames,
+            behind=min((-1 if number is None else number for number in numbers), default=-1),
+        )
+
     def do_report(self) -> None:
         """Tell what was measured."""
         seen = self.measured
-        numbers = [watcher.number for watcher in self._sockets if not watcher.is_stuck]
         self._answer(
             delivery_ms={lane: percentiles(values) for lane, values in seen.latencies_ms.items()},
             frames=seen.frames,
@@ -175,7 +191,6 @@ class Client:
             closes=dict(seen.closes),
             recovered=dict(seen.recovered),
             refused=seen.refused,
-            behind=min((-1 if number is None else number for number in numbers), default=-1),
         )
 
     def do_storm(self, drop: bool) -> None:
@@ -276,17 +291,30 @@ class Client:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lost(watcher, type(error).__name__)
+            self._end(watcher, type(error).__name__)
             return
         if not count:
-            self._lost(watcher, "closed")
+            self._end(watcher, "closed")
         elif count == self._frame_bytes and not watcher.rest and watcher.greeted:
             self._counted += 1
             self._check_expected()
         else:
-            self._on_bytes(watcher, watcher.rest + self._view[:count].tobytes())
+            self._unread.append((watcher, self._view[:count].tobytes(), time.time() * 1_000))
+            if not watcher.greeted or self._frame_bytes or len(self._unread) > UNREAD_MAX:
+                self._look()
 
-    def _on_bytes(self, watcher: Socket, data: bytes) -> None:
+    def _end(self, watcher: Socket, why: str) -> None:
+        self._look()
+        if watcher.sock is not None:  # else what it sent last was its farewell
+            self._lost(watcher, why)
+
+    def _look(self) -> None:
+        unread, self._unread = self._unread, []
+        for watcher, data, read_ms in unread:
+            if watcher.sock is not None:
+                self._on_bytes(watcher, watcher.rest + data, read_ms)
+
+    def _on_bytes(self, watcher: Socket, data: bytes, now_ms: float) -> None:
         at = 0
         if not watcher.greeted:
             at = data.find(b"\r\n\r\n") + 4
@@ -299,7 +327,6 @@ class Client:
             self._greet(watcher)
             if watcher.is_stuck:
                 return
-        now_ms = time.time() * 1_000
         size = len(data)
         while size - at >= 2:
             length, start = data[at + 1], at + 2

@@ -124,7 +124,7 @@ async def ticking(watchers: Part, readers: int) -> None:
         TimeoutError: they have not.
     """
     async with asyncio.timeout(TICKS_WITHIN_S):
-        while (await watchers.ask("report"))["frames"] < readers:
+        while (await watchers.ask("progress"))["frames"] < readers:
             await asyncio.sleep(QUIET_S)
 
 
@@ -154,7 +154,7 @@ async def everyone_has(watchers: Part, number: int) -> None:
         TimeoutError: somebody does not get it.
     """
     async with asyncio.timeout(TICKS_WITHIN_S):
-        while (await watchers.ask("report"))["behind"] < number:
+        while (await watchers.ask("progress"))["behind"] < number:
             await asyncio.sleep(QUIET_S)
 
 
