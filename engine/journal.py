@@ -73,6 +73,7 @@ from engine.store.protocol import (
 ALWAYS_PARKED: Final = frozenset({RefusalCode.UNKNOWN_AUCTION, RefusalCode.CONFLICTING_REGISTRATION})
 """Refusals that a person must look at. The others are answers: whoever asked with a `reply_to` has got it."""
 
+PENDING: Final = "PENDING"
 IN_TROUBLESHOOTING: Final = "IN_TROUBLESHOOTING_QUEUE"
 CANCELED: Final = "CANCELED"
 INVALID_OPERATION: Final = "INVALID_OPERATION"
@@ -277,8 +278,9 @@ class Journal:
         """The offer is unknown in this shard: keep the cancellation until a start names the offer."""
         assert event.offer_id is not None
         assert isinstance(event.event, Cancel)
-        if event.offer_id not in self._offers:
-            context = event.context
+        context = event.context
+        is_new = event.offer_id not in self._offers
+        if is_new:
             kept = {
                 "reason": event.event.reason,
                 "at": entry.at,
@@ -291,6 +293,11 @@ class Journal:
             value = CANCELLED_BEFORE_START + orjson.dumps(kept).decode()
             self._offers[event.offer_id] = value
             self._batch.operations.append(BindOffer(event.offer_id, value, forget=True))
+        # Every shard has got it, and one of them answers.
+        if self._batch.shard == 0:
+            body = self._head(context, None, entry)
+            body |= {"offer_id": event.offer_id, "outcome": "APPLIED" if is_new else "UNCHANGED"}
+            self._say(context, body, keep=True)
 
     def _cancel_first(self, event: Register, auction_id: str, context: Context, entry: Entry) -> None:
         offer_id = event.registration.offer.offer_id
@@ -410,16 +417,17 @@ class Journal:
             if _parks(refusal, event, context):
                 body["outcome"] = IN_TROUBLESHOOTING
                 self._park(context.event_id, context, entry, refusal.code.value, refusal.message)
-        if isinstance(event, Bid | Register) and context.reply_to is None:
+        keep = _is_kept(event, entry)
+        if not keep and context.reply_to is None:
             return
         if decision.fact is not None:
             body["fact"] = decision.fact.value
             body["audit"] = self._last_record()
         if record.auction.status.is_public:
             body["timer"] = timer(record, self.now, None)
-        self._say(context, body, keep=not isinstance(event, Bid | Register))
+        self._say(context, body, keep=keep)
 
-    def _head(self, context: Context, auction_id: str, entry: Entry) -> dict[str, Any]:
+    def _head(self, context: Context, auction_id: str | None, entry: Entry) -> dict[str, Any]:
         return {
             "command_id": context.event_id,
             "event_type": context.event_type,
@@ -463,6 +471,8 @@ class Journal:
             self._batch.operations.append(
                 Requeue(order.command_id, _payload(command), command["attempts"], EpochMs(command["first_seen_at"]))
             )
+            waiting = {"command_id": order.command_id, "outcome": PENDING, "asked_by": command["asked_by"]}
+            self._batch.operations.append(KeepOutcome(order.command_id, orjson.dumps(waiting)))
         else:
             status = command["status"] = CANCELED
             self._tell_canceled(command, order, context)
@@ -513,7 +523,7 @@ class Journal:
         self._park(context.event_id, context, entry, "TIMER_UNREADABLE", error)
         body = self._head(context, auction_id, entry)
         body |= {"outcome": IN_TROUBLESHOOTING, "error_code": "TIMER_UNREADABLE", "error": error}
-        self._say(context, body, keep=not isinstance(event, Bid | Register))
+        self._say(context, body, keep=_is_kept(event, entry))
 
     def _park_poison(self, entry: Entry, error: SchemaError) -> None:
         command_id = entry.event_id or f"{self._batch.shard}-{entry.stream_id}"
@@ -553,6 +563,11 @@ def _parks(refusal: Refusal, event: InputEvent, context: Context) -> bool:
         return True
     # A cancellation of what is over has reached its goal or come too late: neither needs a person (requirement R19).
     return context.reply_to is None and not isinstance(event, Cancel | Withdraw)
+
+
+def _is_kept(event: InputEvent, entry: Entry) -> bool:
+    """Whether what becomes of an event is kept for whoever asks: not of the many, unless a person sent one round again."""
+    return entry.attempts > 0 or not isinstance(event, Bid | Register)
 
 
 def _outcome(decision: Decision) -> str:

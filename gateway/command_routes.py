@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from engine.contract.audit import as_json
 from engine.contract.cursors import Cursor
 from engine.contract.intake import AUCTION_ID, Actor, EventType
 from engine.contract.keys import shard_of
@@ -27,6 +28,10 @@ from gateway.problems import RETRY_AFTER_S, Problem, ProblemType, unavailable
 from gateway.room import Room
 
 COMMAND_ID_CHARS_MAX: Final = 1_024
+PENDING: Final = "PENDING"
+"""It waits in the intake."""
+PROCESSED: Final = "PROCESSED"
+"""It has been applied, and nobody asked what became of it."""
 REFUSALS: Final = frozenset(problem.error_code for problem in ProblemType)
 
 
@@ -146,25 +151,29 @@ class CommandRoutes:
             found = await asyncio.gather(*(self._outcome(number, command_id) for number in shards))
         except StoreError:
             raise away() from None
-        outcomes = sorted(
-            (outcome for outcome in found if outcome is not None), key=lambda outcome: outcome["outcome"] == "PENDING"
-        )
+        outcomes = sorted((outcome for outcome in found if outcome is not None), key=_by_what_it_tells)
         principal = principal_of(request)
         if not outcomes or not _may_know(principal, outcomes[0]):
             raise unknown
         return json_response(outcomes[0])
 
     async def _outcome(self, shard: int, command_id: str) -> dict[str, Any] | None:
+        if (known := await self._known(shard, command_id)) is not None:
+            return known
+        applied = await self.store.is_applied(shard, command_id)
+        if applied is None:
+            return None
+        if not applied:
+            return {"command_id": command_id, "outcome": PENDING}
+        # Applied since it was looked for: what became of it was written by the same commit.
+        return await self._known(shard, command_id) or {"command_id": command_id, "outcome": PROCESSED}
+
+    async def _known(self, shard: int, command_id: str) -> dict[str, Any] | None:
         body = await self.store.outcome(shard, command_id)
         (parked,) = await self.store.parked_commands(shard, [command_id])
         if parked is not None:
             return as_command(command_id, parked) | {"outcome": "IN_TROUBLESHOOTING_QUEUE"}
-        if body is not None:
-            kept: dict[str, Any] = orjson.loads(body)
-            return kept
-        if await self.store.is_appended(shard, command_id):
-            return {"command_id": command_id, "outcome": "PENDING"}
-        return None
+        return None if body is None else _outcome_in(body)
 
 
 def _may_cancel(principal: Principal, offer: Offer) -> bool:
@@ -176,12 +185,23 @@ def _may_cancel(principal: Principal, offer: Offer) -> bool:
 
 
 def _may_know(principal: Principal, outcome: dict[str, Any]) -> bool:
-    """Whoever's token it came with, and operators. Of what is pending no name is known: producers may ask, whose ids these
-    are, and whoever has the id of a gateway's command, which cannot be guessed."""
+    """Whoever's token it came with, and operators. Of what is only known to have come no name is kept: producers may ask,
+    whose ids these are, and whoever has the id of a gateway's command, which cannot be guessed."""
     if principal.may(Scope.OPS) or outcome.get("asked_by") == principal.subject:
         return True
     is_a_gateways = outcome["command_id"].startswith(COMMAND_ID_PREFIX)
-    return outcome["outcome"] == "PENDING" and (is_a_gateways or principal.may(Scope.EVENTS_WRITE))
+    return outcome["outcome"] in {PENDING, PROCESSED} and (is_a_gateways or principal.may(Scope.EVENTS_WRITE))
+
+
+def _by_what_it_tells(outcome: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """Of the outcomes of one id in several shards, the one that comes first is told: what was decided, best of an auction."""
+    stands = outcome["outcome"]
+    return stands in {PENDING, PROCESSED}, stands == PENDING, not outcome.get("auction_id")
+
+
+def _outcome_in(body: bytes) -> dict[str, Any]:
+    outcome: dict[str, Any] = orjson.loads(body)
+    return outcome | ({"audit": as_json(outcome["audit"])} if "audit" in outcome else {})
 
 
 def _actor(principal: Principal, named: ActorInput | None, known: Actor) -> Actor:
@@ -206,7 +226,7 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 def pending(command_id: str) -> Response:
     """202: the command is in the intake, and no engine has answered yet."""
     headers = {"Location": f"/commands/{command_id}", "Retry-After": RETRY_AFTER_S}
-    return json_response({"command_id": command_id, "outcome": "PENDING"}, 202, headers)
+    return json_response({"command_id": command_id, "outcome": PENDING}, 202, headers)
 
 
 def refuse(answer: dict[str, Any]) -> None:

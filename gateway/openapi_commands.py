@@ -95,14 +95,37 @@ _COMMAND: Final[dict[str, Any]] = {
 
 _OUTCOME: Final[dict[str, Any]] = {
     "type": "object",
-    "description": "What became of a command; `PENDING` while no engine has answered",
+    "description": "What became of a command: `PENDING` while it waits for an engine; `PROCESSED` where one has been there "
+    "and what it decided is not kept (bids and starts). Of several events of one id in different shards one is told.",
     "properties": {
         "command_id": {"type": "string"},
         "outcome": {
-            "enum": ["PENDING", "APPLIED", "UNCHANGED", "LATE", "REFUSED", "IN_TROUBLESHOOTING_QUEUE", "CANCELED"]
+            "enum": [
+                "PENDING",
+                "PROCESSED",
+                "APPLIED",
+                "UNCHANGED",
+                "LATE",
+                "REFUSED",
+                "IN_TROUBLESHOOTING_QUEUE",
+                "CANCELED",
+            ]
         },
+        "event_type": _NULLABLE_TEXT,
+        "auction_id": _NULLABLE_TEXT,
+        "offer_id": {"type": "string", "description": "of a cancellation that waits for the start of its offer"},
+        "correlation_id": _NULLABLE_TEXT,
+        "arrival_ms": INSTANT,
+        "asked_by": {"type": ["string", "null"], "description": "the subject of the token it came with"},
         "error_code": _NULLABLE_TEXT,
+        "error": _NULLABLE_TEXT,
+        "current_status": _NULLABLE_TEXT,
+        "attempted_status": _NULLABLE_TEXT,
+        "support_reference": {"type": "string"},
+        "fact": {"type": "string", "description": "what happened, as the audit names it"},
+        "audit": ref("AuditRecord"),
         "timer": ref("Timer"),
+        "command": ref("TroubleshootingCommand"),
     },
     "required": ["command_id", "outcome"],
 }
@@ -206,12 +229,22 @@ def _operation(operation: str, summary: str, schema: str, *, required: bool) -> 
         "post": {
             "operationId": operation,
             "summary": summary,
-            "parameters": [path("command_id")],
+            "parameters": [
+                path("command_id"),
+                query(
+                    "shard", "which of several commands of this id, as the list says", {"type": "integer", "minimum": 0}
+                ),
+            ],
             "requestBody": body(ref(schema), required=required),
             "responses": {
                 "200": answer("Done: the command as it left troubleshooting", ref("TroubleshootingCommand")),
                 **_PENDING,
-                **problems(*_COMMAND_PROBLEMS, ProblemType.INVALID_OPERATION, ProblemType.INSUFFICIENT_SCOPE),
+                **problems(
+                    *_COMMAND_PROBLEMS,
+                    ProblemType.INVALID_PARAMETER,
+                    ProblemType.INVALID_OPERATION,
+                    ProblemType.INSUFFICIENT_SCOPE,
+                ),
             },
         }
     }

@@ -1,6 +1,7 @@
 """`/ops/troubleshooting`: what could not be applied, and what operators do about it (requirements R29, R30, R32)."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -19,7 +20,7 @@ from gateway.commands import Commands
 from gateway.events import ACTOR_ID_CHARS_MAX, NAME_PATTERN, Reason
 from gateway.listing import Place, next_places
 from gateway.problems import Problem, ProblemType
-from gateway.queries import invalid, limit_of
+from gateway.queries import integer_of, invalid, limit_of
 
 ROUNDS_MAX: Final = 20
 """Pages looked at for one answer: a filter that matches little gets a short page and a cursor to go on from."""
@@ -137,7 +138,8 @@ class OpsRoutes:
         return await self._operate(request, order, _operator(principal, body.operator))
 
     async def _operate(self, request: Request, order: Retry | Discard, actor: Actor) -> Response:
-        shard = await self._shard_of(order.command_id)
+        wanted = integer_of("shard", request.query_params.get("shard"), 0, self.shards - 1)
+        shard = await self._shard_of(order.command_id, range(self.shards) if wanted is None else [wanted])
         asked, answer = await self._ask(request, shard, order, actor)
         if answer is None:
             return pending(asked)
@@ -158,27 +160,31 @@ class OpsRoutes:
             by_operator=True,
         )
 
-    async def _shard_of(self, command_id: str) -> int:
-        """The shard that has a command in troubleshooting.
+    async def _shard_of(self, command_id: str, shards: Sequence[int]) -> int:
+        """The one of these shards that has a command in troubleshooting.
 
         Raises:
-            Problem: `RESOURCE_NOT_FOUND`, or `INVALID_OPERATION` for a command that is known and not there.
+            Problem: `RESOURCE_NOT_FOUND`, `INVALID_OPERATION` for a command that is known and not there, or
+                `INVALID_PARAMETER` where commands of this id wait in several.
         """
         unknown = Problem(ProblemType.RESOURCE_NOT_FOUND, f"no command {command_id[:128]}")
         if len(command_id) > COMMAND_ID_CHARS_MAX:
             raise unknown
-        shards = range(self.shards)
         try:
             parked = await asyncio.gather(*(self.store.parked_commands(shard, [command_id]) for shard in shards))
-            for shard, (body,) in enumerate(parked):
-                if body is not None:
-                    return shard
+            having = [shard for shard, (body,) in zip(shards, parked, strict=True) if body is not None]
+            if len(having) > 1:
+                raise invalid(
+                    "shard", f"must be one of {', '.join(map(str, having))}: a command of this id waits in each"
+                )
+            if having:
+                return having[0]
             outcomes = await asyncio.gather(*(self.store.outcome(shard, command_id) for shard in shards))
-            appended = await asyncio.gather(*(self.store.is_appended(shard, command_id) for shard in shards))
+            applied = await asyncio.gather(*(self.store.is_applied(shard, command_id) for shard in shards))
         except StoreError:
             raise away() from None
         status = next((orjson.loads(body)["outcome"] for body in outcomes if body is not None), None)
-        if status is None and not any(appended):
+        if status is None and all(found is None for found in applied):
             raise unknown
         raise Problem(
             ProblemType.INVALID_OPERATION,

@@ -233,7 +233,9 @@ def _draft(event: IntakeEvent) -> Draft:
     # has, its mark is nobody's event id, and names one bid of one auction.
     bid = event.event
     seen_ids = (f"bid {event.auction_id} {bid.bid_id}",) if isinstance(bid, Bid) else ()
-    return Draft(event.context.event_id, intake.encode(event), seen_ids)
+    # An event id is unique only where its producer says so: about another auction it is another event.
+    subject = event.auction_id or f"offer {event.offer_id}"
+    return Draft(event.context.event_id, intake.encode(event), seen_ids, subject)
 
 
 def _later(one: Appended, other: Appended) -> Appended:

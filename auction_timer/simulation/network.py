@@ -453,9 +453,9 @@ class Link:
         """See `ViewStore`."""
         return await self._call("outcome", lambda: at_once(self._store.outcome(shard, command_id)))
 
-    async def is_appended(self, shard: int, command_id: str) -> bool:
+    async def is_applied(self, shard: int, event_id: str) -> bool | None:
         """See `ViewStore`."""
-        return await self._call("is_appended", lambda: at_once(self._store.is_appended(shard, command_id)))
+        return await self._call("is_applied", lambda: at_once(self._store.is_applied(shard, event_id)))
 
     async def shard_clock(self, shard: int) -> ShardClock:
         """See `ClockStore`."""

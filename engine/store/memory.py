@@ -97,7 +97,7 @@ class ShardMemory:
     offers: dict[str, str] = field(default_factory=dict)
     troubleshooting: dict[str, bytes] = field(default_factory=dict)
     outcomes: dict[str, bytes] = field(default_factory=dict)
-    seen: dict[str, tuple[EpochMs, str]] = field(default_factory=dict)
+    seen: dict[str, tuple[EpochMs, str, str]] = field(default_factory=dict)
 
     def next_id(self) -> str:
         """A stream id: increasing, and deliberately no time."""
@@ -171,7 +171,10 @@ class MemoryStore:
         held, added = len(memory.events), False
         answer = []
         for n, draft in enumerate(drafts):
-            seen_ids = (draft.event_id, *draft.seen_ids)
+            first = memory.seen.get(draft.event_id)
+            is_others = first is not None and first[2] != draft.subject
+            own_id = f"event {draft.event_id} {draft.subject}" if is_others else draft.event_id
+            seen_ids = (own_id, *draft.seen_ids)
             mark = next((memory.seen[seen] for seen in seen_ids if seen in memory.seen), None)
             if mark is not None:
                 answer.append(Appended(draft.event_id, mark[1] == f"{n} {command_id}", mark[0]))
@@ -181,7 +184,7 @@ class MemoryStore:
             if not added and not by_operator and len(memory.troubleshooting) >= self._troubleshooting_max:
                 raise IntakeFullError(f"shard {shard} has as many commands in troubleshooting as it may")
             memory.events.append(Entry(memory.next_id(), at, draft.event_id, draft.body))
-            memory.seen |= dict.fromkeys(seen_ids, (at, f"{n} {command_id}"))
+            memory.seen |= dict.fromkeys(seen_ids, (at, f"{n} {command_id}", draft.subject))
             memory.last_at, added = at, True
             answer.append(Appended(draft.event_id, True, at))
         self._grow()
@@ -362,8 +365,13 @@ class MemoryStore:
     async def outcome(self, shard: int, command_id: str) -> bytes | None:
         return self.shards[shard].outcomes.get(command_id)
 
-    async def is_appended(self, shard: int, command_id: str) -> bool:
-        return command_id in self.shards[shard].seen
+    async def is_applied(self, shard: int, event_id: str) -> bool | None:
+        memory = self.shards[shard]
+        if event_id not in memory.seen:
+            return None
+        mark = (memory.seen[event_id][0], event_id)
+        waiting = _behind(memory.events, memory.intake_cursor, len(memory.events))
+        return mark not in [(entry.at, entry.event_id) for entry in waiting]
 
     async def intake_length(self, shard: int) -> int:
         return len(self.shards[shard].events)

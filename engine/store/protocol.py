@@ -42,11 +42,15 @@ class DeploymentMismatchError(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """An event to append: its id, the ids under which it counts as a repetition, and its normalised body."""
+    """An event to append: its id, its normalised body, and what makes it a repetition.
+
+    Its id counts once for each `subject`, which is what the event is about; each of `seen_ids` counts once whatever that is.
+    """
 
     event_id: str
     body: bytes
     seen_ids: tuple[str, ...] = ()
+    subject: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -500,8 +504,8 @@ class Intake(Protocol):
         """Append events in order, in one atomic step, and stamp their arrival.
 
         The stamp is `max(last_at, clamp(TIME + offset, est - 250, est + 250))`, so it never goes back and a stepping
-        server clock cannot falsify it by more than 250 ms. A draft of which any seen id was appended before is a
-        duplicate. Repeating a call with the same `command_id` repeats its answer.
+        server clock cannot falsify it by more than 250 ms. A draft whose id was appended before with the same subject, or
+        any of its seen ids, is a duplicate. Repeating a call with the same `command_id` repeats its answer.
 
         Where the store is a gateway's (`StoreLimits.attendant`), the call also proves that producers can reach the shard;
         with no drafts it does only that, and begins to. If no gateway did for longer than `outage_ms`, the outage is appended
@@ -656,8 +660,12 @@ class ViewStore(Protocol):
         """What became of a command; None if it is not decided, or was never appended to this shard."""
         ...
 
-    async def is_appended(self, shard: int, command_id: str) -> bool:
-        """Whether an event of this id was appended to this shard, as long as its repetition is recognised."""
+    async def is_applied(self, shard: int, event_id: str) -> bool | None:
+        """Whether an event that was appended to this shard has been applied; None if none of this id was.
+
+        It is told as long as a repetition is recognised; of several events of one id, of the first. One that was sent round
+        again from troubleshooting has been applied.
+        """
         ...
 
     async def follow(self, updates: Mapping[int, str], replies: Mapping[str, str], count: int, block_ms: int) -> News:

@@ -74,6 +74,8 @@ from engine.store.scripts import APPEND, CLAIM, COMMIT, DELIVER, OBSERVE, RELEAS
 SCHEMA_VERSION: Final = "1"
 PAGE_MAX: Final = 1_000
 """Auctions read in one round trip: large enough to hide it, small enough that no other client waits for long."""
+WAITING_PAGE: Final = 100
+"""Entries read at once to find one that may be waiting. Nearly always the first one decides."""
 SILENCE_MAX_MS: Final = 3_000
 """A subscription that hears nothing for this long, not even the answer to its own ping, is dead."""
 PING_EVERY_S: Final = 1.0
@@ -203,9 +205,10 @@ class RedisStore:
             limits.attendant, limits.outage_ms, limits.outage_extension_ms, len(drafts),
         ]  # fmt: skip
         for draft in drafts:
-            seen_ids = (draft.event_id, *draft.seen_ids)
+            # No event id has a space: beside the mark of another event of this id there is room for one per subject.
+            seen_ids = (draft.event_id, f"event {draft.event_id} {draft.subject}", *draft.seen_ids)
             key_names.extend(names.seen_prefix + seen for seen in seen_ids)
-            args += (draft.event_id, len(seen_ids), draft.body)
+            args += (draft.event_id, draft.subject, len(seen_ids), draft.body)
         answer = await self._run(APPEND, key_names, args)
         if answer[0] == b"FULL":
             raise IntakeFullError(f"the intake of shard {shard} holds {int(answer[1])} entries, its bound")
@@ -346,8 +349,23 @@ class RedisStore:
         found: bytes | None = await self._read("GET", self._keys(shard).command_prefix + command_id)
         return found
 
-    async def is_appended(self, shard: int, command_id: str) -> bool:
-        return bool(await self._read("EXISTS", self._keys(shard).seen_prefix + command_id))
+    async def is_applied(self, shard: int, event_id: str) -> bool | None:
+        names = self._keys(shard)
+        mark = await self._read("GET", names.seen_prefix + event_id)
+        if mark is None:
+            return None
+        at, after = int(mark.split(b" ", 1)[0]), (await self.head(shard)).intake
+        # Arrivals never go back along the stream: the first one behind the cursor decides, unless it is the very same.
+        while rows := await self._read("XRANGE", names.events, f"({after}", "+", "COUNT", WAITING_PAGE):
+            for _, fields in rows:
+                stamp = fields.get(b"at", b"")
+                arrival = int(stamp) if _is_instant(stamp) else at
+                if arrival > at:
+                    return True
+                if arrival < at or fields.get(b"id") == event_id.encode():
+                    return False
+            after = rows[-1][0].decode()
+        return True
 
     async def intake_length(self, shard: int) -> int:
         return int(await self._read("XLEN", self._keys(shard).events))

@@ -121,6 +121,21 @@ async def test_an_event_id_counts_once(bench: Bench) -> None:
 
 
 @pytest.mark.requirement("R2")
+async def test_an_event_id_counts_once_for_each_subject(bench: Bench) -> None:
+    """About something else it is another event, in any order, in one call or in several; each is recognised again."""
+    about = {name: Draft("e-1", name.encode(), (), name) for name in ("a", "b", "c")}
+    appended = await bench.store.append(0, [about["a"], about["b"], about["a"]], bench.now() - LONG_AGO_MS, "call-1")
+    assert [one.accepted for one in appended] == [True, True, False]
+    again = await bench.store.append(0, [about["c"], about["b"], about["a"], about["c"]], bench.now(), "call-2")
+    assert [one.accepted for one in again] == [True, False, False, False]
+    assert again[1].at == again[2].at == appended[0].at
+    entries = (await bench.store.read_intake({0: START}, 10, 0))[0]
+    assert [entry.body for entry in entries] == [b"a", b"b", b"c"]
+    repeated = await bench.store.append(0, [about["a"], about["b"], about["a"]], bench.now(), "call-1")
+    assert [one.accepted for one in repeated] == [True, True, False]
+
+
+@pytest.mark.requirement("R2")
 async def test_a_seen_id_counts_as_the_event(bench: Bench) -> None:
     """An event any of whose seen ids was appended before is a duplicate, whether that was a seen id or an event id."""
     await bench.store.append(0, [Draft("e-1", b"", ("bid-1", "auction-1/bid-1"))], bench.now(), "c-1")

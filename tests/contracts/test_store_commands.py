@@ -229,14 +229,26 @@ async def test_the_outcome_of_a_command_is_kept(bench: Bench) -> None:
     assert await bench.store.outcome(1, "c-1") is None
 
 
-async def test_whether_a_command_was_appended(bench: Bench) -> None:
-    """By its own id, as soon as it is in the intake, decided or not; a command elsewhere or never sent is not."""
-    assert not await bench.store.is_appended(0, "c-1")
-    await bench.store.append(0, [Draft("c-1", b"")], bench.now(), "call-1")
-    assert await bench.store.is_appended(0, "c-1")
-    assert not await bench.store.is_appended(1, "c-1")
-    assert not await bench.store.is_appended(0, "c-2")
-    assert not await bench.store.is_appended(0, "call-1")
+async def test_whether_an_event_is_known_and_applied(bench: Bench) -> None:
+    """By its own id, from when it is in the intake, in its shard only; it is applied once the cursor has passed it, also
+    where others of the same instant wait behind it, or such as have no arrival."""
+    assert await bench.store.is_applied(0, "c-1") is None
+    await bench.store.append(0, [Draft(name, b"") for name in ("c-1", "c-2", "c-3")], bench.now(), "call-1")
+    await bench.store.append(0, [Draft("c-4", b"")], bench.now() + 9, "call-2")
+
+    async def told() -> list[bool | None]:
+        return [await bench.store.is_applied(0, name) for name in ("c-1", "c-2", "c-3", "c-4")]
+
+    assert await told() == [False] * 4
+    entries = (await bench.store.read_intake({0: START}, 10, 0))[0]
+    for done in range(1, 5):
+        await commit(bench, intake=entries[done - 1].stream_id)
+        assert await told() == [n < done for n in range(4)]
+    await bench.inject(0, body="no arrival")
+    assert await told() == [True] * 4
+    assert await bench.store.is_applied(1, "c-1") is None
+    assert await bench.store.is_applied(0, "c-9") is None
+    assert await bench.store.is_applied(0, "call-1") is None
 
 
 # Following the event lane and the answers together.

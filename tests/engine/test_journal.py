@@ -56,10 +56,10 @@ NOW = after_t0(90 * MINUTE_MS)
 class Drafted:
     """A journal over some auctions, to which events are applied one after the other."""
 
-    def __init__(self, *auctions: Auction, offers: dict[str, str] | None = None, **more: Any) -> None:
+    def __init__(self, *auctions: Auction, offers: dict[str, str] | None = None, shard: int = 0, **more: Any) -> None:
         timers = {auction.auction_id: TimerRecord(auction, "trace-0", "req-0") for auction in auctions}
         self.journal = Journal(
-            0, 3, HEAD, timers, offers or {}, holder="engine-1", now=NOW, commit_id="commit-1", **more
+            shard, 3, HEAD, timers, offers or {}, holder="engine-1", now=NOW, commit_id="commit-1", **more
         )
         self.serial = 4
 
@@ -256,10 +256,24 @@ def test_a_tombstone_is_never_shown() -> None:
 def test_an_offer_cancelled_before_anyone_knew_it_is_remembered() -> None:
     """Once: the first cancellation counts, and says when and why."""
     drafted = Drafted().apply(cancel_offer("o-1", reason="first"), T0).apply(cancel_offer("o-1", event_id="2"), T0 + 1)
-    (bound,) = drafted.operations()
+    (bound,) = drafted.operations(BindOffer)
     assert (bound.offer_id, bound.forget) == ("o-1", True)
     kept = orjson.loads(bound.value.removeprefix("cancelled "))
     assert (kept["reason"], kept["at"]) == ("first", T0)
+
+
+@pytest.mark.requirement("R19", "R25")
+def test_a_cancellation_that_waits_for_its_start_is_answered_once() -> None:
+    """By shard 0, to whoever asked and to whoever will ask; the others, which have got it as well, say nothing."""
+    ask = {"reply_to": "inbox"}
+    drafted = Drafted().apply(cancel_offer("o-1", **ask), T0).apply(cancel_offer("o-1", event_id="2", **ask), T0 + 1)
+    replies = drafted.operations(Reply)
+    assert [(reply.reply_to, reply.outcome) for reply in replies] == [("inbox", "APPLIED"), ("inbox", "UNCHANGED")]
+    assert [one.body for one in drafted.operations(KeepOutcome)] == [reply.body for reply in replies]
+    body = orjson.loads(replies[0].body)
+    assert (body["offer_id"], body["auction_id"], body["command_id"]) == ("o-1", None, "cancel-o-1")
+    elsewhere = Drafted(shard=3).apply(cancel_offer("o-1", **ask), T0)
+    assert [type(one) for one in elsewhere.operations()] == [BindOffer]
 
 
 @pytest.mark.requirement("R19")
@@ -267,7 +281,7 @@ def test_an_offer_cancelled_before_anyone_knew_it_is_remembered() -> None:
 def test_a_remembered_cancellation_is_recorded_in_the_name_of_who_cancelled() -> None:
     """When the start comes, the audit of the cancellation has the actor, trace and event id of the cancellation itself."""
     first = Drafted().apply(cancel_offer("o-1", reason="withdrawn"), T0)
-    (bound,) = first.operations()
+    (bound,) = first.operations(BindOffer)
     drafted = Drafted(offers={"o-1": bound.value}).apply(start("lot-7", T0, END, offer_id="o-1"), T0 + 5)
     cancelled, registered = [record.fields for record in drafted.operations(Record)]
     kept = orjson.loads(bound.value.removeprefix("cancelled "))
@@ -466,7 +480,8 @@ def test_an_operators_command_spelled_out() -> None:
     commands = {"bid-b-1": parked.body}
     retried = Drafted(parked=commands).apply(retry("bid-b-1", "order-1", reply_to="i"), T0 + 5)
     kinds = [type(one) for one in retried.operations()]
-    assert kinds == [Unpark, Requeue, Record, Reply, KeepOutcome]
+    assert kinds == [Unpark, Requeue, KeepOutcome, Record, Reply, KeepOutcome]
+    assert orjson.loads(retried.operations(KeepOutcome)[0].body)["outcome"] == "PENDING"
     (requeue,) = retried.operations(Requeue)
     assert (requeue.event_id, requeue.attempts, requeue.first_seen_at) == ("bid-b-1", 1, T0)
     assert orjson.loads(requeue.body) == orjson.loads(bid("lot-7", "b-1", reply_to="bidding").body)

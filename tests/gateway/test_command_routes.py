@@ -10,13 +10,14 @@ from engine.contract.intake import EventType
 from engine.domain.auction import Offer
 from engine.domain.events import Cancel, Reschedule
 from engine.domain.instants import EpochMs
-from engine.store.protocol import StoreUnavailableError
+from engine.store.protocol import Draft, StoreUnavailableError
 from gateway import commands as commands_module
 from gateway.command_routes import refuse
 from gateway.problems import Problem, ProblemType
 from tests.fakes.clock import BORN_MS
-from tests.fakes.events import draft, poison
+from tests.fakes.events import bid, draft, poison, retry
 from tests.gateway.desk import CALLERS, ENDS_AT, Desk, bearing, desk, without_ids
+from tests.gateway.front import front
 
 COMMANDS = ("cancel", "pause", "resume")
 
@@ -249,8 +250,51 @@ async def test_a_command_can_be_asked_for_by_the_id_of_its_event() -> None:
         }
         assert outcomes["e-refused"]["error_code"] == outcomes["e-parked"]["error_code"] == "SCHEDULE_IN_PAST"
         assert outcomes["e-poison"]["error_code"] == "SCHEMA_INVALID"
-        # A bid that nobody asked about leaves no outcome behind: it is known, and that is all.
-        assert (await made.http.get("/commands/start-a-1-0")).json()["outcome"] == "PENDING"
+        assert all(type(outcomes["a/b"]["audit"][name]) is int for name in ("seq", "version", "occurred_at", "shard"))
+
+
+@pytest.mark.requirement("R30")
+async def test_what_nobody_keeps_is_told_from_what_waits() -> None:
+    """A start and a bid leave no outcome behind: they are pending until the engine has been there, and processed then."""
+    async with desk(answering=False) as made:
+        await made.register()
+        await made.memory.append(0, [bid("a-1", "b-1"), bid("a-9", "b-2")], made.authority.now_ms, "bids")
+
+        async def told(name: str) -> str:
+            return str((await made.http.get(f"/commands/{name}")).json()["outcome"])
+
+        assert [await told(name) for name in ("start-a-1-0", "bid-b-1")] == ["PROCESSED", "PENDING"]
+        await made.worker.work()
+        assert [await told(name) for name in ("bid-b-1", "bid-b-2")] == ["PROCESSED", "IN_TROUBLESHOOTING_QUEUE"]
+        await made.memory.append(0, [retry("bid-b-2", "again")], made.authority.now_ms, "retry")
+        made.worker.batch_max = 1
+        await made.worker.begin()
+        await made.worker.look()
+        await made.worker.shard.turn()
+        assert await told("bid-b-2") == "PENDING"
+        await made.register("a-9")
+        assert await told("bid-b-2") == "IN_TROUBLESHOOTING_QUEUE"
+        await made.memory.append(0, [retry("bid-b-2", "once more")], made.authority.now_ms, "retry-2")
+        await made.worker.work()
+        assert await told("bid-b-2") == "APPLIED"
+
+
+async def test_of_one_id_in_several_shards_what_was_decided_is_told() -> None:
+    """Before what was only processed, and that before what waits; of two decisions the one about an auction."""
+    async with front(shards=4) as made:
+        for shard in range(4):
+            await made.memory.append(shard, [Draft("e-1", b"{}")], made.authority.now_ms, f"call-{shard}")
+        made.memory.shards[1].intake_cursor = made.memory.shards[1].events[-1].stream_id
+
+        async def told() -> dict[str, Any]:
+            answer: dict[str, Any] = (await made.http.get("/commands/e-1")).json()
+            return answer
+
+        assert (await told())["outcome"] == "PROCESSED"
+        made.memory.shards[0].outcomes["e-1"] = b'{"command_id":"e-1","outcome":"APPLIED","auction_id":null}'
+        assert (await told())["outcome"] == "APPLIED"
+        made.memory.shards[2].outcomes["e-1"] = b'{"command_id":"e-1","outcome":"REFUSED","auction_id":"a-1"}'
+        assert (await told())["outcome"] == "REFUSED"
 
 
 @pytest.mark.requirement("R24")

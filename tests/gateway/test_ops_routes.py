@@ -241,6 +241,25 @@ async def test_a_command_that_is_not_in_troubleshooting_is_refused(action: str) 
 
 
 @pytest.mark.requirement("R30")
+async def test_of_commands_of_one_id_each_is_reached_by_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listing says which shards; an operator who does not say which of them is asked to."""
+    monkeypatch.setattr(commands_module, "ANSWER_WITHIN_S", 0.02)
+    async with front(shards=4) as made:
+        for shard in (1, 3):
+            made.memory.shards[shard].troubleshooting["e-1"] = b"{}"
+            made.memory.shards[shard].groups[Group.PARKED]["e-1"] = BORN_MS
+        listed = (await made.http.get(PATH)).json()["commands"]
+        assert [(command["command_id"], command["shard"]) for command in listed] == [("e-1", 1), ("e-1", 3)]
+        answer = await made.http.post(f"{PATH}/e-1/retry")
+        assert (answer.status_code, answer.json()["parameter"]) == (400, "shard")
+        assert "1, 3" in answer.json()["detail"]
+        for shard, status in {"3": 202, "0": 404, "4": 400, "x": 400}.items():
+            answer = await made.http.post(f"{PATH}/e-1/cancel", params={"shard": shard}, json={"reason": "twice"})
+            assert answer.status_code == status, shard
+        assert [len(made.memory.shards[shard].events) for shard in range(4)] == [0, 0, 0, 1]
+
+
+@pytest.mark.requirement("R30")
 async def test_of_two_operators_at_once_one_is_told_that_the_other_was_faster() -> None:
     """Both found it in troubleshooting; the engine decides in order."""
     async with desk() as made:

@@ -75,6 +75,20 @@ async def test_what_reaches_the_intake_is_the_normalised_event() -> None:
         assert (context.correlation_id, context.trace_id) == ("mine-1", trace)
 
 
+@pytest.mark.requirement("R2")
+@pytest.mark.parametrize("shards", [1, 4])
+async def test_an_event_id_counts_once_for_each_auction(shards: int) -> None:
+    """Whether two auctions share a shard or not: about the same one a used id is a duplicate, about another one it is new."""
+    names = [f"n-{number}" for number in range(6)]
+    async with front(shards=shards) as made:
+        batch = [event("e-1", "auctions.cancel.requested", auction_id=name, reason="fire") for name in names]
+        for expected in ("accepted", "duplicate"):
+            answer = await made.http.post("/events", json=[*batch, cancel_offer("e-1")])
+            assert [result["status"] for result in answer.json()["results"]] == [expected] * 7
+        changed = event("e-1", auction_id=names[0], bid_id="b-1")
+        assert (await made.http.post("/events", json=changed)).json()["results"][0]["status"] == "duplicate"
+
+
 @pytest.mark.requirement("R2", "B2")
 async def test_the_same_bid_under_two_event_ids_is_one_bid() -> None:
     """A bid that is announced twice must not extend an auction twice; the same bid id elsewhere is another bid."""

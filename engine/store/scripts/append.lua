@@ -2,7 +2,7 @@
 -- Append events to the intake of one shard: stamp their arrival, recognise repetitions. One atomic step.
 --
 -- KEYS  1 auction:events:{k}   2 auction:cursor:{k}   3 auction:parked:{k}   4 auction:attendance:{k}
---       5.. auction:seen:{k}:<id>, in the order of the drafts
+--       5.. auction:seen:{k}:<id>, in the order of the drafts: of each its event id, the same beside its subject, further ids
 -- ARGV  1 est: the caller's estimate of the auction clock, ms
 --       2 bound of the stamp around est, ms
 --       3 command id: the same one again repeats the answer
@@ -11,7 +11,7 @@
 --       6 bound of the commands in troubleshooting, or 0: an operator's command is never refused for them
 --       7 the gateway that calls, or "" if it is none
 --       8 how long no gateway may write before that is an outage, ms   9 by how much an outage extends, ms, or 0
---      10 number of drafts, 0 for a mere beat; then for each: event id, number of its seen ids, body
+--      10 number of drafts, 0 for a mere beat; then for each: event id, subject, number of its keys, body
 -- Returns {"OK", stamp, then for each draft: "accepted" or "duplicate", its arrival}
 --         {"FULL", length} or {"TROUBLED", commands in troubleshooting}, and nothing is added
 --
@@ -54,14 +54,20 @@ local length = redis.call('XLEN', events)
 local answer = {'OK', stamp}
 local key, arg, added = 5, 11, false
 for n = 1, drafts do
-  local event_id, ids, body = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
-  local mark = false
-  for i = key, key + ids - 1 do
+  local event_id, subject, ids, body = ARGV[arg], ARGV[arg + 1], tonumber(ARGV[arg + 2]), ARGV[arg + 3]
+  -- A mark is "<arrival> <place in the call> <command id> <subject>"; one without a subject was written by a version that
+  -- had none. Where the id is that of an event about something else, ours is marked beside it.
+  local own, mark = key, redis.call('GET', KEYS[key])
+  local about = mark and string.match(mark, '^%d+ %d+ %S+ (.*)$')
+  if about and about ~= subject then
+    own, mark = key + 1, redis.call('GET', KEYS[key + 1])
+  end
+  for i = key + 2, key + ids - 1 do
     mark = mark or redis.call('GET', KEYS[i])
   end
   if mark then
-    -- A mark is "<arrival> <place in the call> <command id>": our own earlier try was an acceptance, and stays one.
-    local at, by = string.match(mark, '^(%d+) (.*)$')
+    -- Our own earlier try was an acceptance, and stays one.
+    local at, by = string.match(mark, '^(%d+) (%d+ %S+)')
     answer[#answer + 1] = by == n .. ' ' .. command_id and 'accepted' or 'duplicate'
     answer[#answer + 1] = at
   else
@@ -73,14 +79,16 @@ for n = 1, drafts do
       return {'TROUBLED', tostring(redis.call('ZCARD', KEYS[3]))}
     end
     redis.call('XADD', events, '*', 'at', stamp, 'id', event_id, 'body', body)
-    for i = key, key + ids - 1 do
-      redis.call('SET', KEYS[i], stamp .. ' ' .. n .. ' ' .. command_id, 'PX', seen_ms)
+    local value = stamp .. ' ' .. n .. ' ' .. command_id .. ' ' .. subject
+    redis.call('SET', KEYS[own], value, 'PX', seen_ms)
+    for i = key + 2, key + ids - 1 do
+      redis.call('SET', KEYS[i], value, 'PX', seen_ms)
     end
     answer[#answer + 1] = 'accepted'
     answer[#answer + 1] = stamp
     added = true
   end
-  key, arg = key + ids, arg + 3
+  key, arg = key + ids, arg + 4
 end
 if added then
   redis.call('HSET', cursor, 'last_at', stamp)
