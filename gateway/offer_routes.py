@@ -62,8 +62,8 @@ class OfferRoutes:
     def routes(self) -> list[Route]:
         """All routes, in the order of the documentation."""
         return [
-            Route("/offers/{offer_id}/cancellation", self.preflight, methods=["GET"]),
-            Route("/offers/{offer_id}/cancel", self.cancel, methods=["PUT"]),
+            Route("/offers/{offer_id:path}/cancellation", self.preflight, methods=["GET"]),
+            Route("/offers/{offer_id:path}/cancel", self.cancel, methods=["PUT"]),
         ]
 
     async def preflight(self, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import orjson
@@ -189,6 +190,17 @@ async def test_reasons_are_canned_and_the_note_is_bounded(body: dict[str, Any], 
         assert (answer.status_code, answer.json()["error_code"]) == (422, "INVALID_BODY")
         assert [fault["path"] for fault in answer.json()["errors"]] == [path]
         assert "offer_cancelled" not in made.facts()
+
+
+@pytest.mark.parametrize("offer_id", ["a/b", "/a//b/", "a/cancel", "cancellation", "50%2F", "a?b#c", "..", "a/../b"])
+async def test_an_offer_is_found_whatever_its_id_looks_like(offer_id: str) -> None:
+    """Producers choose the ids of offers: whatever a start may name can be looked at and cancelled."""
+    async with desk() as made:
+        await made.register(offer=replace(OFFER, offer_id=offer_id))
+        named = quote(offer_id, safe="").replace(".", "%2E")
+        assert (await ahead(made, named)).json()["offer_id"] == offer_id
+        answer = await cancel(made, named)
+        assert (answer.status_code, answer.json()["offer"]["offer_id"]) == (200, offer_id)
 
 
 @pytest.mark.parametrize("offer_id", ["o-9", "x" * 129, "%00"])
