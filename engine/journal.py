@@ -416,7 +416,7 @@ class Journal:
                 )
             if _parks(refusal, event, context):
                 body["outcome"] = IN_TROUBLESHOOTING
-                self._park(context.event_id, context, entry, refusal.code.value, refusal.message)
+                self._park(context, entry, refusal.code.value, refusal.message)
         keep = _is_kept(event, entry)
         if not keep and context.reply_to is None:
             return
@@ -468,11 +468,12 @@ class Journal:
         self._batch.operations.append(Unpark(order.command_id))
         if isinstance(order, Retry):
             status = command["status"] = "RETRIED"
+            event_id = command["event_id"] or order.command_id
             self._batch.operations.append(
-                Requeue(order.command_id, _payload(command), command["attempts"], EpochMs(command["first_seen_at"]))
+                Requeue(event_id, _payload(command), command["attempts"], EpochMs(command["first_seen_at"]))
             )
-            waiting = {"command_id": order.command_id, "outcome": PENDING, "asked_by": command["asked_by"]}
-            self._batch.operations.append(KeepOutcome(order.command_id, orjson.dumps(waiting)))
+            waiting = {"command_id": event_id, "outcome": PENDING, "asked_by": command["asked_by"]}
+            self._batch.operations.append(KeepOutcome(event_id, orjson.dumps(waiting)))
         else:
             status = command["status"] = CANCELED
             self._tell_canceled(command, order, context)
@@ -503,10 +504,11 @@ class Journal:
 
     def _tell_canceled(self, command: dict[str, Any], order: Discard, context: Context) -> None:
         command |= {"reason": order.reason, "operator": context.actor.id, "canceled_at": self.now}
+        event_id = command["event_id"] or order.command_id
         answer = orjson.dumps(
             {
                 "outcome": CANCELED,
-                "command_id": order.command_id,
+                "command_id": event_id,
                 "event_type": command["event_type"],
                 "error": order.reason,
                 "operator": context.actor.id,
@@ -515,26 +517,29 @@ class Journal:
             }
         )
         if command["reply_to"] is not None:
-            self._batch.operations.append(Reply(command["reply_to"], CANCELED, order.command_id, answer))
+            self._batch.operations.append(Reply(command["reply_to"], CANCELED, event_id, answer))
         self._batch.operations.append(KeepOutcome(order.command_id, answer))
 
     def _park_unreadable(self, auction_id: str, event: InputEvent, context: Context, entry: Entry) -> None:
         error = str(self._unreadable[auction_id])
-        self._park(context.event_id, context, entry, "TIMER_UNREADABLE", error)
+        self._park(context, entry, "TIMER_UNREADABLE", error)
         body = self._head(context, auction_id, entry)
         body |= {"outcome": IN_TROUBLESHOOTING, "error_code": "TIMER_UNREADABLE", "error": error}
         self._say(context, body, keep=_is_kept(event, entry))
 
     def _park_poison(self, entry: Entry, error: SchemaError) -> None:
-        command_id = entry.event_id or f"{self._batch.shard}-{entry.stream_id}"
         self.poison += 1
-        self._park(command_id, None, entry, "SCHEMA_INVALID", str(error))
+        self._park(None, entry, "SCHEMA_INVALID", str(error))
 
-    def _park(self, command_id: str, context: Context | None, entry: Entry, code: str, message: str) -> None:
+    def _park(self, context: Context | None, entry: Entry, code: str, message: str) -> None:
+        """Keep an entry for a person, by its id; by its place in the intake if another one of that id waits already."""
         first_seen_at = entry.first_seen_at or entry.at or self.now
+        place = f"{self._batch.shard}-{entry.stream_id}"
+        command_id = place if not entry.event_id or entry.event_id in self._parked else entry.event_id
         body = orjson.dumps(
             {
                 "command_id": command_id,
+                "event_id": context.event_id if context else None,
                 "event_type": context.event_type if context else _type_named_in(entry.body),
                 "status": IN_TROUBLESHOOTING,
                 "error_code": code,
@@ -547,7 +552,7 @@ class Journal:
             }
         )
         self._parked[command_id] = body
-        self._batch.operations.append(Park(command_id, first_seen_at, body))
+        self._batch.operations.append(Park(command_id, first_seen_at, body, place))
 
 
 def support_reference(command_id: str) -> str:
@@ -607,6 +612,7 @@ def _command(command_id: str, body: bytes) -> dict[str, Any]:
         read = None
     command: dict[str, Any] = read if isinstance(read, dict) else {"payload": body.decode(errors="replace")}
     blank = {
+        "event_id": None,
         "event_type": None,
         "error_code": None,
         "attempts": 0,
@@ -619,8 +625,9 @@ def _command(command_id: str, body: bytes) -> dict[str, Any]:
     for name in ("attempts", "first_seen_at"):
         if type(command[name]) is not int or not 0 <= command[name] <= EPOCH_MS_MAX:
             command[name] = blank[name]
-    if type(command["reply_to"]) is not str:
-        command["reply_to"] = None
+    for name in ("event_id", "reply_to", "asked_by"):
+        if type(command[name]) is not str:
+            command[name] = None
     return command
 
 

@@ -75,7 +75,11 @@ _COMMAND: Final[dict[str, Any]] = {
     "type": "object",
     "description": "A command that could not be applied",
     "properties": {
-        "command_id": {"type": "string"},
+        "command_id": {
+            "type": "string",
+            "description": "the id of its event; where another command of that id waits already, its place in the intake",
+        },
+        "event_id": _NULLABLE_TEXT,
         "event_type": _NULLABLE_TEXT,
         "status": {"enum": ["IN_TROUBLESHOOTING_QUEUE", "RETRIED", "CANCELED"]},
         "error_code": _NULLABLE_TEXT,

@@ -347,7 +347,8 @@ class MemoryStore:
                 self.replies[reply_to].append((outcome, command_id, body))
             case KeepOutcome(command_id, body):
                 memory.outcomes[command_id] = body
-            case Park(command_id, first_seen_at, body):
+            case Park(command_id, first_seen_at, body, otherwise):
+                command_id = otherwise if otherwise and command_id in memory.troubleshooting else command_id
                 memory.troubleshooting[command_id] = body
                 memory.groups[Group.PARKED][command_id] = first_seen_at
             case Unpark(command_id):

@@ -157,11 +157,15 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Move a command to troubleshooting; it is listed by `first_seen_at`."""
+    """Move a command to troubleshooting; it is listed by `first_seen_at`.
+
+    Where another one of this id waits there already, it is parked as `otherwise`; if that is None, in the other's place.
+    """
 
     command_id: str
     first_seen_at: EpochMs
     body: bytes
+    otherwise: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

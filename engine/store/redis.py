@@ -721,8 +721,8 @@ def _spell_command(
                 args += ("R", 4, key(stream), outcome, command_id, body)
         case KeepOutcome(command_id, body):
             args += ("K", 2, key(names.command_prefix + command_id), body)
-        case Park(command_id, first_seen_at, body):
-            args += ("Q", 3, command_id, first_seen_at, body)
+        case Park(command_id, first_seen_at, body, otherwise):
+            args += ("Q", 4, command_id, first_seen_at, body, otherwise or "")
         case Unpark(command_id):
             args += ("X", 1, command_id)
         case Requeue(event_id, body, attempts, first_seen_at):

@@ -52,6 +52,17 @@ async def test_parked_commands_are_listed_by_when_they_were_first_seen(bench: Be
     assert await listed(bench, shard=1) == []
 
 
+@pytest.mark.requirement("R29")
+async def test_of_two_commands_of_one_id_both_are_kept(bench: Bench) -> None:
+    """The second one under its other name, in one commit or in two; once the first one has left, its name is free."""
+    other = [Park("c-1", SEEN, name.encode(), name) for name in ("p-1", "p-2", "p-3", "p-4")]
+    await commit(bench, *other[:2])
+    await commit(bench, other[2])
+    await commit(bench, Unpark("c-1"), other[3])
+    assert await bench.troubleshooting(0) == {"c-1": b"p-4", "p-2": b"p-2", "p-3": b"p-3"}
+    assert await listed(bench) == ["c-1", "p-2", "p-3"]
+
+
 @pytest.mark.requirement("R30")
 async def test_parked_commands_come_in_the_order_asked_for(bench: Bench) -> None:
     """Each as it was parked, None for one that is not there."""

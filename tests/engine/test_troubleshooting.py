@@ -1,6 +1,7 @@
 """Troubleshooting end to end, on the memory store: what is parked, retried, cancelled, recorded and answered."""
 
 import asyncio
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -103,6 +104,31 @@ async def test_a_cancelled_command_is_gone_recorded_and_answered(world: World, w
     }
     assert world.store.replies["bidding"][1][:2] == ("CANCELED", "bid-b-1")
     assert kept(world, "bid-b-1") == told
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize("batch_max", [1, 256])
+async def test_what_has_the_id_of_another_that_waits_is_lost_no_more_than_that(world: World, batch_max: int) -> None:
+    """Poison under the id of a parked command, and a command under that of another: each waits, is named by its place in
+    the intake, and is answered, retried and cancelled for itself."""
+    worker = await Worker(world, batch_max=batch_max).begin()
+    first = bid("unknown", "b-1", reply_to="first")
+    second = replace(bid("unheard", "b-1", reply_to="second"), subject="unheard")
+    await world.append(first, second)
+    for body in (b"{bad", b"{worse"):
+        world.shard.events.append(Entry(world.shard.next_id(), at(0), "bid-b-1", body))
+    await worker.work()
+    places = [f"0-{entry.stream_id}" for entry in world.shard.events[1:]]
+    assert {name: command["payload"] for name, command in world.parked().items()} == {
+        "bid-b-1": orjson.loads(first.body), places[0]: orjson.loads(second.body), places[1]: "{bad", places[2]: "{worse",
+    }  # fmt: skip
+    await played(
+        world, worker, discard(places[1], "order-1"), retry(places[0], "order-2"), discard("bid-b-1", "order-3")
+    )
+    assert set(world.parked()) == {"bid-b-1", places[2]}
+    assert world.parked()["bid-b-1"]["attempts"] == 2
+    assert [answer["outcome"] for answer in world.answers("first")] == ["IN_TROUBLESHOOTING_QUEUE", "CANCELED"]
+    assert [answer["command_id"] for answer in world.answers("second")] == ["bid-b-1"] * 2
 
 
 @pytest.mark.requirement("R30")

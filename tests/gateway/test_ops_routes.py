@@ -91,6 +91,7 @@ async def test_what_waits_is_listed_the_longest_first() -> None:
         assert first["payload"]["detail"]["bid_id"] == "bid-e-2"
         assert {name: first[name] for name in first if name not in {"payload", "error"}} == {
             "command_id": "e-2",
+            "event_id": "e-2",
             "event_type": "auctions.bid.accepted",
             "status": "IN_TROUBLESHOOTING_QUEUE",
             "error_code": "UNKNOWN_AUCTION",

@@ -23,7 +23,7 @@
 --        U type, id, version, body        event lane
 --        R key, outcome, command id, body reply
 --        D key, reply to, outcome, command id, body   reply that is to be delivered to another slot
---        Q command id, first seen at, body  into troubleshooting
+--        Q command id, first seen at, body, id   into troubleshooting; under the last id, if any, where the first is taken
 --        X command id                     out of troubleshooting
 --        E id, body, attempts, first seen at  end of the intake, stamped with this commit
 --        K key, body                      outcome of a command
@@ -144,8 +144,12 @@ while arg <= count do
     redis.call('XADD', KEYS[tonumber(ARGV[a])], '*',
       'reply_to', ARGV[a + 1], 'outcome', ARGV[a + 2], 'command_id', ARGV[a + 3], 'body', ARGV[a + 4])
   elseif op == 'Q' then
-    redis.call('HSET', troubleshooting, ARGV[a], ARGV[a + 2])
-    redis.call('ZADD', parked, ARGV[a + 1], ARGV[a])
+    local id, otherwise = ARGV[a], ARGV[a + 3]
+    if otherwise ~= '' and redis.call('HEXISTS', troubleshooting, id) == 1 then
+      id = otherwise
+    end
+    redis.call('HSET', troubleshooting, id, ARGV[a + 2])
+    redis.call('ZADD', parked, ARGV[a + 1], id)
   elseif op == 'X' then
     redis.call('HDEL', troubleshooting, ARGV[a])
     redis.call('ZREM', parked, ARGV[a])
