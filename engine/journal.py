@@ -480,7 +480,7 @@ class Journal:
         self._chain(
             audit.operation(
                 audit.OPERATOR_RETRY if isinstance(order, Retry) else audit.OPERATOR_CANCEL,
-                auction_id=_auction_named_in(command),
+                auction_id=_named_in(command, "auction_id"),
                 prev_status=IN_TROUBLESHOOTING,
                 new_status=status,
                 actor=context.actor,
@@ -512,7 +512,8 @@ class Journal:
                 "event_type": command["event_type"],
                 "error": order.reason,
                 "operator": context.actor.id,
-                "correlation_id": context.correlation_id,
+                "correlation_id": _named_in(command, "correlation_id") or context.correlation_id,
+                "operator_correlation_id": context.correlation_id,
                 "asked_by": command["asked_by"],
             }
         )
@@ -636,10 +637,10 @@ def _payload(command: dict[str, Any]) -> bytes:
     return payload.encode() if isinstance(payload, str) else orjson.dumps(payload)
 
 
-def _auction_named_in(command: dict[str, Any]) -> str:
+def _named_in(command: dict[str, Any], name: str) -> str:
     payload = command["payload"]
-    auction_id = payload.get("auction_id") if isinstance(payload, dict) else None
-    return auction_id if isinstance(auction_id, str) else ""
+    found = payload.get(name) if isinstance(payload, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def _type_named_in(body: bytes) -> str | None:

@@ -119,6 +119,8 @@ _OUTCOME: Final[dict[str, Any]] = {
         "auction_id": _NULLABLE_TEXT,
         "offer_id": {"type": "string", "description": "of a cancellation that waits for the start of its offer"},
         "correlation_id": _NULLABLE_TEXT,
+        "operator": {"type": "string", "description": "who cancelled it in troubleshooting"},
+        "operator_correlation_id": {"type": "string", "description": "of the request by which that was done"},
         "arrival_ms": INSTANT,
         "asked_by": {"type": ["string", "null"], "description": "the subject of the token it came with"},
         "error_code": _NULLABLE_TEXT,

@@ -99,7 +99,8 @@ async def test_a_cancelled_command_is_gone_recorded_and_answered(world: World, w
         "event_type": "auctions.bid.accepted",
         "error": "of no use",
         "operator": "op-1",
-        "correlation_id": "req-order-1",
+        "correlation_id": "req-bid-b-1",
+        "operator_correlation_id": "req-order-1",
         "asked_by": "bidding-7",
     }
     assert world.store.replies["bidding"][1][:2] == ("CANCELED", "bid-b-1")
