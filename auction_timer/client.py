@@ -84,7 +84,7 @@ SYNC_BURST_GAP_MS: Final = 300
 """Five exchanges in the first 1.5 s find a short round trip; the server allows five messages a second."""
 SYNC_EVERY_MS: Final = 15_000
 SYNC_URGENT_GAP_MS: Final = 1_000
-HEARTBEAT_MS: Final = 15_000
+HEARTBEAT_MS: Final = 20_000
 """Until the snapshot says otherwise."""
 
 _NS: Final = 1_000_000

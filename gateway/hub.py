@@ -35,8 +35,8 @@ CATCH_UP_S: Final = 0.5
 """A room that was loaded ahead of the event lane is opened when the lane was read so far: some ms, at most this."""
 ANNOUNCE_AT_MS: Final = (600_000, 300_000, 60_000, 10_000)
 """Remaining times worth announcing to a person who cannot see the digits (WAI-ARIA `timer` is silent by itself)."""
-HEARTBEAT_MS: Final = 15_000
-"""A client that hears nothing for this long, not even a tick, may suspect its connection."""
+HEARTBEAT_MS: Final = 20_000
+"""A client that hears nothing for this long, not even a tick, may suspect its connection. Ticks are 15 s apart at most."""
 
 log = structlog.get_logger()
 

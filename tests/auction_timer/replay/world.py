@@ -183,7 +183,7 @@ class World:
             "cursor": f"0.{self._serial}-0",
             "server_time": self.now,
             "recovered": recovered,
-            "heartbeat_ms": 15_000,
+            "heartbeat_ms": 20_000,
             "timer": view,
         }
 
