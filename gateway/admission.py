@@ -5,7 +5,6 @@ connections are bounded apart, so that neither can take the other's room. Addres
 `X-Forwarded-For` is what anybody may write, and is not read.
 """
 
-import random
 from collections import Counter
 from typing import Final
 
@@ -13,9 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.clock import Clock
 from engine.settings import Settings
-from gateway.problems import Problem, ProblemType, problem_response
+from gateway.problems import Problem, ProblemType, problem_response, retry_after
 
-RETRY_AFTER_MAX_S: Final = 5
 PLAIN_MIN: Final = 256
 """Plain connections that fit however few sockets do."""
 
@@ -26,11 +24,6 @@ def plain_connections_max(connections_max: int) -> int:
     A quarter: everyone who comes back after a fall is plain for some milliseconds, but not all at the same time.
     """
     return max(PLAIN_MIN, connections_max // 4)
-
-
-def retry_after() -> dict[str, str]:
-    """When to come back, spread so that those who were refused together do not come back together."""
-    return {"Retry-After": str(random.randint(1, RETRY_AFTER_MAX_S))}  # noqa: S311 - it only has to spread
 
 
 class TokenBucket:

@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
-from uuid import uuid4
 
 import structlog
 import uvicorn
@@ -35,6 +33,7 @@ from gateway.audit_routes import AuditRoutes
 from gateway.command_routes import CommandRoutes
 from gateway.commands import Commands
 from gateway.connection import Connection
+from gateway.correlation import correlation_id_of
 from gateway.descriptors import make_room
 from gateway.door import Door
 from gateway.event_stream import EventStreamRoutes
@@ -65,7 +64,6 @@ PAGES_SEND: Final = (
     "X-Correlation-Id",
 )
 PAGES_READ: Final = ("ETag", "Location", "Retry-After", "X-Correlation-Id")
-CORRELATION_ID: Final = re.compile(r"[!-~]{1,128}")
 
 log = structlog.get_logger()
 
@@ -82,8 +80,7 @@ class Correlate:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        given = headers.get(b"x-correlation-id", "")
-        correlation_id = given if CORRELATION_ID.fullmatch(given) else f"req-{uuid4().hex}"
+        correlation_id = correlation_id_of(headers.get(b"x-correlation-id", ""))
         scope.setdefault("state", {})["correlation_id"] = correlation_id
 
         async def send_with_id(message: Message) -> None:

@@ -77,7 +77,7 @@ def frame_schemas() -> dict[str, dict[str, Any]]:
             timer=_TIMER,
             recovered={
                 "type": ["boolean", "null"],
-                "description": "whether what was missed follows; null without `since`",
+                "description": "whether what was missed follows; null without `since`, false with an empty one",
             },
             heartbeat_ms=DURATION | {"const": HEARTBEAT_MS},
             announce_at_ms={"type": "array", "items": DURATION, "default": list(ANNOUNCE_AT_MS)},
@@ -134,7 +134,7 @@ _CLIENT_SYNC: Final[dict[str, Any]] = {
         "t0": {"type": "number", "description": "the client's clock when it sends, in ms"},
         "drift_ms": _REPORTED
         | {"description": "how far its countdown was ahead when it last measured; null: not known"},
-        "rtt_ms": _REPORTED | {"description": "the round trip of that measurement"},
+        "rtt_ms": _REPORTED | {"minimum": 0, "description": "the round trip of that measurement"},
     },
     "required": ["type", "t0"],
 }
@@ -206,8 +206,8 @@ def document(version: str) -> dict[str, Any]:
                 "title": "Socket",
                 "summary": "One auction over a WebSocket, one JSON text per frame",
                 "description": f"Subprotocols: `{SUBPROTOCOL}`, and `{BEARER_SUBPROTOCOL}<JWT>` to bring a token. A client "
-                f"sends `sync` only, at most {CLIENT_FRAME_BYTES_MAX} bytes and {MESSAGES_PER_SECOND_MAX} a second. "
-                "A handshake is refused with a problem document: 401, 403, 404, 503.",
+                f"sends `sync` only, at most {CLIENT_FRAME_BYTES_MAX} bytes, {MESSAGES_PER_SECOND_MAX} a second and as many "
+                "at once. A handshake is refused with a problem document: 401, 403, 404, 503.",
                 "parameters": _PARAMETERS,
                 "messages": _components([*told, CLIENT_SYNC]),
                 "bindings": {"ws": {"method": "GET", "query": _QUERY, "bindingVersion": "0.1.0"}},

@@ -18,8 +18,8 @@ from urllib.parse import parse_qs, unquote
 import orjson
 import structlog
 from websockets.datastructures import Headers
+from websockets.frames import Close, Frame, Opcode
 from websockets.frames import CloseCode as WebSocketCloseCode
-from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -31,7 +31,8 @@ from engine.domain.instants import HOUR_MS
 from engine.store.protocol import StoreError
 from gateway.auth import LOCAL
 from gateway.closing import CloseCode
-from gateway.problems import MEDIA_TYPE, Problem, ProblemType, problem_body
+from gateway.correlation import HEADER, correlation_id_of
+from gateway.problems import MEDIA_TYPE, Problem, ProblemType, problem_body, unavailable
 from gateway.room import Room, text_frame
 from gateway.tokens import Tokens, authenticate, chosen_subprotocol, handshake_token
 
@@ -42,6 +43,9 @@ CLIENT_FRAME_BYTES_MAX: Final = 4_096
 MESSAGES_PER_SECOND_MAX: Final = 5
 CLIENT_FRAMES_PER_SECOND_MAX: Final = 50
 """Of every kind: fragments, pings and pongs cost as much as messages."""
+MESSAGE_EARNED_NS: Final = 190_000_000
+FRAME_EARNED_NS: Final = 19_000_000
+"""In which one more is earned: a twentieth sooner than the rates ask, so that a client with a fast clock keeps to them."""
 PIECE_BYTES: Final = 4_096
 """Parsed at a time, so that the rates are looked at between: 256 KiB, which a loop reads at once, may be 43,000 pings."""
 BAD_MESSAGES_MAX: Final = 3
@@ -62,10 +66,9 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_bad_messages",
         "_closer",
-        "_frames_left",
-        "_frames_since_ns",
+        "_frames_full_ns",
         "_message",
-        "_messages_left",
+        "_messages_full_ns",
         "_opcode",
         "_outbox",
         "_tick",
@@ -75,7 +78,7 @@ class Connection(asyncio.Protocol):
         "lagging_since_ns",
         "last_heard_ns",
         "outbox_bytes",
-        "pinged",
+        "pinged_at_ns",
         "principal",
         "room",
         "transport",
@@ -89,7 +92,7 @@ class Connection(asyncio.Protocol):
         self.room: Room | None = None
         self.address = ""
         self.last_heard_ns = self.door.now_ns()
-        self.pinged = False
+        self.pinged_at_ns = 0
         self.lagging_since_ns = 0
         self.outbox_bytes = 0
         self._outbox: list[bytes] = []
@@ -97,9 +100,9 @@ class Connection(asyncio.Protocol):
         self._message = b""
         self._opcode = Opcode.TEXT
         self._bad_messages = 0
-        self._messages_left = MESSAGES_PER_SECOND_MAX
-        self._frames_left = CLIENT_FRAMES_PER_SECOND_MAX
-        self._frames_since_ns = 0
+        # A bucket is one number: when it will be full again.
+        self._messages_full_ns = 0
+        self._frames_full_ns = 0
         self._closer: asyncio.TimerHandle | None = None
         self._uvicorn_connections: set[Any] = server_state.connections
 
@@ -121,8 +124,7 @@ class Connection(asyncio.Protocol):
         self.door.closed(self)
 
     def data_received(self, data: bytes) -> None:
-        self.last_heard_ns = self.door.now_ns()
-        self.pinged = False
+        self._heard()
         for start in range(0, len(data), PIECE_BYTES):
             if self.transport.is_closing():
                 return
@@ -146,6 +148,7 @@ class Connection(asyncio.Protocol):
             self.room.lagging.add(self)
 
     def resume_writing(self) -> None:
+        self._heard()  # we did not listen meanwhile, and whoever takes what waited is there
         self.transport.resume_reading()
         room = self.room
         if room is None or self not in room.lagging:
@@ -158,6 +161,10 @@ class Connection(asyncio.Protocol):
         room.writable.add(self)
         # All at once: the outbox is bounded, and if it fills the transport again, pause_writing comes again.
         self.transport.write(b"".join(kept))
+
+    def _heard(self) -> None:
+        self.last_heard_ns = self.door.now_ns()
+        self.pinged_at_ns = 0
 
     # gateway.room.Subscriber.
 
@@ -183,7 +190,7 @@ class Connection(asyncio.Protocol):
     def _handshake(self, request: Request) -> None:
         refused = self.door.refuse(self, request)
         if refused is not None:
-            self._reject(refused)
+            self._reject(request, refused)
             return
         if self.door.tokens is None:
             self._find(request)
@@ -199,7 +206,7 @@ class Connection(asyncio.Protocol):
             )
         except Problem as refused:
             if not self.transport.is_closing():
-                self._reject(refused)
+                self._reject(request, refused)
             return
         if not self.transport.is_closing():
             self._find(request)
@@ -208,9 +215,10 @@ class Connection(asyncio.Protocol):
         path, _, query = request.path.partition("?")  # urlsplit raises on some: "//[" would leave us half connected
         auction_id = _auction_id(path)
         if auction_id is None:
-            self._reject(Problem(ProblemType.RESOURCE_NOT_FOUND, "sockets are at /auctions/{id}/updates"))
+            self._reject(request, Problem(ProblemType.RESOURCE_NOT_FOUND, "sockets are at /auctions/{id}/updates"))
             return
-        since = parse_qs(query).get("since", [None])[-1]
+        # An empty one is a cursor that leads nowhere, not none: whoever brings it believes that it was here before.
+        since = parse_qs(query, keep_blank_values=True).get("since", [None])[-1]
         room = self.door.hub.known(auction_id)
         if room is not None:
             self._accept(request, room, since)
@@ -222,18 +230,14 @@ class Connection(asyncio.Protocol):
         try:
             room = await self.door.hub.room(auction_id)
         except StoreError:
-            refused = Problem(
-                ProblemType.DEPENDENCY_UNAVAILABLE,
-                "the auction cannot be read now; try again",
-                headers={"Retry-After": "1"},
-            )
+            refused = unavailable("the auction cannot be read now; try again")
         except CorruptTimerError:
             log.exception("timer_unreadable", auction_id=auction_id)
             refused = Problem(ProblemType.INTERNAL_ERROR, "a fault of ours; report it with the correlation id")
         if self.transport.is_closing():
             return
         if room is None:
-            self._reject(refused)
+            self._reject(request, refused)
         else:
             self._accept(request, room, since)
 
@@ -241,6 +245,7 @@ class Connection(asyncio.Protocol):
         response = self.ws.accept(request)
         if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
             response.headers["Sec-WebSocket-Version"] = "13"  # RFC 6455, section 4.4: what would have been understood
+            response.headers[HEADER] = _correlation_id(request)
         self.ws.send_response(response)
         self._flush()
         if self.ws.state is not State.OPEN:
@@ -255,9 +260,9 @@ class Connection(asyncio.Protocol):
         if room.is_over:
             self.door.on_over(room)
 
-    def _reject(self, problem: Problem) -> None:
+    def _reject(self, request: Request, problem: Problem) -> None:
         self.door.metrics.handshake(problem.type.error_code.lower())
-        self.ws.send_response(refusal(problem, self.door.new_correlation_id()))
+        self.ws.send_response(refusal(problem, _correlation_id(request)))
         self._flush()
 
     # Client frames: `sync`, and nothing else.
@@ -288,19 +293,19 @@ class Connection(asyncio.Protocol):
 
     def _within_rates(self, *, ends_message: bool) -> bool:
         now = self.last_heard_ns
-        if now - self._frames_since_ns >= 1_000_000_000:
-            self._frames_since_ns = now
-            self._frames_left, self._messages_left = CLIENT_FRAMES_PER_SECOND_MAX, MESSAGES_PER_SECOND_MAX
-        self._frames_left -= 1
-        self._messages_left -= ends_message
-        if self._frames_left >= 0 and self._messages_left >= 0:
+        self._frames_full_ns = max(self._frames_full_ns, now) + FRAME_EARNED_NS
+        if ends_message:
+            self._messages_full_ns = max(self._messages_full_ns, now) + MESSAGE_EARNED_NS
+        frames = (self._frames_full_ns - now) / FRAME_EARNED_NS
+        messages = (self._messages_full_ns - now) / MESSAGE_EARNED_NS
+        if frames <= CLIENT_FRAMES_PER_SECOND_MAX and messages <= MESSAGES_PER_SECOND_MAX:
             return True
-        if self._frames_left < -CLIENT_FRAMES_PER_SECOND_MAX:
+        if frames > 2 * CLIENT_FRAMES_PER_SECOND_MAX:
             self.transport.abort()  # it was told
         elif self.ws.state is not State.CLOSING:
             too_many = (
                 f"{MESSAGES_PER_SECOND_MAX} messages"
-                if self._messages_left < 0
+                if messages > MESSAGES_PER_SECOND_MAX
                 else f"{CLIENT_FRAMES_PER_SECOND_MAX} frames"
             )
             self.close(CloseCode.TOO_MANY, f"at most {too_many} a second")
@@ -374,9 +379,15 @@ class Connection(asyncio.Protocol):
 
     def ping(self) -> None:
         """Ask whether anybody is there. Not of one that lags: its answer could not arrive in time, and its age is bounded."""
-        self.pinged = True
+        self.pinged_at_ns = self.door.now_ns()
         self.ws.send_ping(b"")
         self._flush()
+
+    def excuse(self, away_ns: int, now_ns: int) -> None:
+        """Do not count a time in which this process stood still: nobody could take anything from it, or answer it."""
+        self.lagging_since_ns = min(now_ns, self.lagging_since_ns + away_ns)
+        if self.pinged_at_ns:
+            self.pinged_at_ns += away_ns
 
     def _leave(self) -> None:
         room, self.room = self.room, None
@@ -407,6 +418,8 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         """Nothing more will be written."""
         if self.ws.state is State.CLOSING and self.ws.close_rcvd is None:
+            if self._closer is None:  # or it was told something else before, and that is counted
+                self.door.metrics.disconnect(cast(Close, self.ws.close_sent).code)
             # The peer is in the middle of what we have failed it for. If its bytes met a closed socket, the reset would
             # overtake our close frame: read them until it has seen that.
             self.transport.write_eof()
@@ -420,9 +433,14 @@ def refusal(problem: Problem, correlation_id: str) -> Response:
     body = orjson.dumps(problem_body(problem, correlation_id))
     status = HTTPStatus(problem.type.status)
     headers = Headers({"Content-Type": MEDIA_TYPE, "Content-Length": str(len(body)), "Connection": "close"})
+    headers[HEADER] = correlation_id
     for name, value in problem.headers.items():
         headers[name] = value
     return Response(status.value, status.phrase, headers, body)
+
+
+def _correlation_id(request: Request) -> str:
+    return correlation_id_of("".join(request.headers.get_all(HEADER)[-1:]))
 
 
 def _subprotocol(_protocol: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
@@ -454,6 +472,8 @@ def _fault_of(sync: Any) -> str | None:
         return "t0 must be a number: your clock when you send, in ms"
     if not all(sync.get(name) is None or _is_duration(sync[name]) for name in ("drift_ms", "rtt_ms")):
         return "drift_ms and rtt_ms must be numbers, in ms, of a day at most"
+    if (sync.get("rtt_ms") or 0) < 0:
+        return "rtt_ms must be 0 or more"
     return None
 
 

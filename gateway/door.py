@@ -9,7 +9,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
-from uuid import uuid4
 
 import orjson
 from websockets.http11 import Request
@@ -18,14 +17,14 @@ from engine.clock import Clock
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.settings import Settings
-from gateway.admission import Admission, retry_after
+from gateway.admission import Admission
 from gateway.auth import Principal
 from gateway.closing import CloseCode
 from gateway.connection import Connection
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
 from gateway.origins import OriginRule
-from gateway.problems import Problem, ProblemType
+from gateway.problems import Problem, ProblemType, retry_after
 from gateway.room import Room, Stream, Subscriber
 from gateway.tokens import Tokens
 
@@ -35,8 +34,12 @@ if TYPE_CHECKING:
 OVER_LINGER_S: Final = 1.0
 """From the last event to the farewell 4000: time for the frame to be seen, well within the promised 5 s."""
 LOOK_EVERY_S: Final = 1.0
+LOOK_LATE_MS: Final = 2_000
+"""A look that is later than this tells that the process stood still: it was stopped, or its machine was."""
 PING_AFTER_MS: Final = 20_000
-GONE_AFTER_MS: Final = 30_000
+"""Silence after which a socket is asked whether anybody is there."""
+ANSWER_WITHIN_MS: Final = 10_000
+"""One that was asked and is still not heard after this is given up. Nobody else is: silence alone proves nothing."""
 RETRY_AFTER_MS: Final = 500
 JITTER_MS: Final = 3_000
 DRAIN_LOOK_EVERY_S: Final = 0.1
@@ -44,6 +47,7 @@ FAREWELLS_AT_ONCE: Final = 128
 """Sockets closed in one pass of the event loop: about 5 ms."""
 LAST_MINUTE_MS: Final = 60_000
 """So long before the end a socket outlives its token."""
+_NS: Final = 1_000_000
 
 
 class Door:
@@ -66,6 +70,7 @@ class Door:
         self._per_address: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._farewells: set[Room] = set()
+        self._looked_ns = self.now_ns()
         self.draining = False
         self.on_drift: Callable[[Room, float, float | None, Principal], None] = lambda *_reported: None
         """Told what a socket reports of its clock: room, drift and round trip in ms, who."""
@@ -74,10 +79,6 @@ class Door:
     def now_ns(self) -> int:
         """The monotonic clock, in ns."""
         return self._clock.monotonic_ns()
-
-    def new_correlation_id(self) -> str:
-        """An id for a request that brought none."""
-        return f"req-{uuid4().hex}"
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the loop, and hold on to it until it is done."""
@@ -122,21 +123,22 @@ class Door:
         """Why a handshake is refused; None if it is not."""
         settings = self._settings
         if self.draining:
-            return Problem(ProblemType.DRAINING, "this gateway is going away; come back", headers={"Retry-After": "1"})
+            return Problem(ProblemType.DRAINING, "this gateway is going away; come back", headers=retry_after())
         if (
             self._watchers > settings.connections_max
             or self._per_address[connection.address] > settings.connections_per_address_max
         ):
             return Problem(ProblemType.TOO_MANY_CONNECTIONS, "too many sockets; try again", headers=retry_after())
-        if not self.admission.takes_handshake():
-            return Problem(
-                ProblemType.TOO_MANY_HANDSHAKES, "too many handshakes at once; try again", headers=retry_after()
-            )
         origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
         if len(origins) > 1 or not self.origins.admits(origins[0] if origins else None, hosts[0] if hosts else None):
             return Problem(
                 ProblemType.FOREIGN_ORIGIN,
                 "pages of this origin may not open sockets here; name it in AUCTION_TIMER_ALLOWED_ORIGINS if they should",
+            )
+        # Last, so that a page that would be refused anyway uses up nobody's turn.
+        if not self.admission.takes_handshake():
+            return Problem(
+                ProblemType.TOO_MANY_HANDSHAKES, "too many handshakes at once; try again", headers=retry_after()
             )
         return None
 
@@ -205,19 +207,28 @@ class Door:
 
     def _look(self) -> None:
         now_ns = self.now_ns()
+        away_ns = self._away_ns(now_ns)
         self._part_with_expired()
-        lagging_max_ns = self._settings.outbox_age_max_ms * 1_000_000
+        lagging_max_ns = self._settings.outbox_age_max_ms * _NS
         for connection in self._connections.copy():
             if connection.room is None:
                 continue
-            silent_ms = (now_ns - connection.last_heard_ns) / 1e6
+            if away_ns:
+                connection.excuse(away_ns, now_ns)
             if connection in connection.room.lagging:
                 if now_ns - connection.lagging_since_ns > lagging_max_ns:
                     connection.close(CloseCode.SLOW_CONSUMER, "read faster, or come back with since")
-            elif silent_ms > GONE_AFTER_MS:
-                connection.close(CloseCode.HEARTBEAT_MISSED, "no answer to a ping")
-            elif silent_ms > PING_AFTER_MS and not connection.pinged:
+            elif connection.pinged_at_ns:
+                if now_ns - connection.pinged_at_ns >= ANSWER_WITHIN_MS * _NS:
+                    connection.close(CloseCode.HEARTBEAT_MISSED, "no answer to a ping")
+            elif now_ns - connection.last_heard_ns > PING_AFTER_MS * _NS:
                 connection.ping()
+
+    def _away_ns(self, now_ns: int) -> int:
+        """For how long this process stood still since the last look; 0 if it did not."""
+        late_ns = now_ns - self._looked_ns - round(LOOK_EVERY_S * 1_000 * _NS)
+        self._looked_ns = now_ns
+        return late_ns if late_ns > LOOK_LATE_MS * _NS else 0
 
     def _part_with_expired(self) -> None:
         """Close what a token has expired under, except where the end is near: nobody must miss it over a renewal."""

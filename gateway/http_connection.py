@@ -13,6 +13,7 @@ Beside it, an answer that fills the transport and is not taken for 20 s ends the
 
 import asyncio
 import sys
+from collections.abc import Iterable
 from enum import Enum, unique
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +21,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from gateway.connection import refusal
+from gateway.correlation import correlation_id_of
 from gateway.problems import Problem, ProblemType
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class HttpConnection(H11Protocol):
         detail = _fault_of(event)
         if detail is not None:
             self._door.metrics.handshake("malformed")
-            self._refuse(Problem(ProblemType.MALFORMED_REQUEST, detail))
+            self._refuse(Problem(ProblemType.MALFORMED_REQUEST, detail), _given_id(event.headers))
             return
         self._depart()
         super().handle_websocket_upgrade(event)
@@ -158,7 +160,7 @@ class HttpConnection(H11Protocol):
                 )
             )
 
-    def _refuse(self, problem: Problem) -> None:
+    def _refuse(self, problem: Problem, given_id: str = "") -> None:
         """Answer past the application, which may wait for the rest of the request, and close."""
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is not None and not cycle.response_complete:
@@ -167,7 +169,9 @@ class HttpConnection(H11Protocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-        self.transport.write(refusal(problem, self._door.new_correlation_id()).serialize())
+            # The application's own, if it has begun: it may have logged it.
+            given_id = cycle.scope["state"].get("correlation_id") or _given_id(cycle.scope["headers"])
+        self.transport.write(refusal(problem, correlation_id_of(given_id)).serialize())
         self.transport.close()
         self._watch()
 
@@ -180,6 +184,11 @@ class HttpConnection(H11Protocol):
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
+
+
+def _given_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The correlation id that a request brought; empty if none."""
+    return dict(headers).get(b"x-correlation-id", b"").decode("latin-1")
 
 
 def _fault_of(handshake: h11.Request) -> str | None:

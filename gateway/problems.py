@@ -7,6 +7,7 @@ person reads `detail`, and `correlation_id` finds the request in the logs:
      "detail": "no auction a-17", "error_code": "RESOURCE_NOT_FOUND", "correlation_id": "req-5f1c"}
 """
 
+import random
 from collections.abc import Mapping
 from enum import Enum, unique
 from types import MappingProxyType
@@ -126,9 +127,14 @@ def problem_response(problem: Problem, correlation_id: str) -> Response:
 
 RETRY_AFTER_S: Final = "1"
 """When it is worth while to try again what could not be done now."""
+RETRY_AFTER_MAX_S: Final = 5
+
+
+def retry_after() -> dict[str, str]:
+    """When to come back, spread so that those who were refused together do not come back together."""
+    return {"Retry-After": str(random.randint(1, RETRY_AFTER_MAX_S))}  # noqa: S311 - it only has to spread
 
 
 def unavailable(detail: str, *, extra: Mapping[str, Any] = _NOTHING) -> Problem:
     """503: something this needs does not answer."""
-    headers = {"Retry-After": RETRY_AFTER_S}
-    return Problem(ProblemType.DEPENDENCY_UNAVAILABLE, detail, extra=extra, headers=headers)
+    return Problem(ProblemType.DEPENDENCY_UNAVAILABLE, detail, extra=extra, headers=retry_after())

@@ -15,6 +15,7 @@ from engine.contract.intake import ANONYMOUS, Actor, CommandType, Context, Intak
 from engine.store.protocol import Draft, Intake, StoreError
 from gateway.admission import TokenBucket
 from gateway.auth import Principal
+from gateway.correlation import new_correlation_id
 from gateway.door import Door
 from gateway.room import Room
 
@@ -61,7 +62,7 @@ class Resyncs:
                 event_id=f"resync-{uuid4().hex}",
                 event_type=CommandType.RESYNC_REPORTED.value,
                 trace_id=trace_id or room.timer["trace_id"],
-                correlation_id=correlation_id or self._door.new_correlation_id(),
+                correlation_id=correlation_id or new_correlation_id(),
                 actor=ANONYMOUS if principal.is_local else Actor("client", principal.subject),
             )
             resync = Resync(round(drift_ms), None if rtt_ms is None else round(rtt_ms))

@@ -37,7 +37,7 @@ from engine.domain.instants import EPOCH_MS_MAX, SECOND_MS, EpochMs
 from engine.settings import Settings, SettingsError
 from gateway.auth import LEEWAY_MS, LOCAL, Principal
 from gateway.jwks import FileSource, PublicKeys, UrlSource
-from gateway.problems import Problem, ProblemType, problem_response
+from gateway.problems import Problem, ProblemType, problem_response, unavailable
 
 TOKEN_BYTES_MAX: Final = 8_192
 SUBJECT: Final = re.compile(r"[!-~]{1,128}")
@@ -308,11 +308,7 @@ async def authenticate(tokens: Tokens | None, token: str | None) -> Principal:
             headers={"WWW-Authenticate": 'Bearer realm="auction-timer", error="invalid_token"'},
         ) from None
     except KeysUnavailableError:
-        raise Problem(
-            ProblemType.DEPENDENCY_UNAVAILABLE,
-            "the keys that would prove the token cannot be read now; try again",
-            headers={"Retry-After": "1"},
-        ) from None
+        raise unavailable("the keys that would prove the token cannot be read now; try again") from None
 
 
 class Authenticate:

@@ -141,14 +141,14 @@ OFFER_CANCELLATION_SUCCESS: Final = Metric(
 CONNECTIONS: Final = Metric(
     "auctions_gateway_connections",
     Kind.GAUGE,
-    "Open sockets of this gateway.",
+    "Open sockets and event streams of this gateway.",
     "Near AUCTION_TIMER_CONNECTIONS_MAX: start another gateway.",
 )
 HANDSHAKES: Final = Metric(
     "auctions_gateway_handshakes_total",
     Kind.COUNTER,
     "Socket handshakes by outcome.",
-    "Many `foreign_origin`: a page embeds the socket without leave; many `unknown`: clients hold stale links.",
+    "Many `foreign_origin`: a page embeds the socket without leave; many `resource_not_found`: clients hold stale links.",
     labels=("outcome",),
 )
 DELIVERY: Final = Metric(
@@ -168,8 +168,9 @@ CONFLATED: Final = Metric(
 DISCONNECTS: Final = Metric(
     "auctions_gateway_disconnects_total",
     Kind.COUNTER,
-    "Sockets closed by the gateway, by close code.",
-    "4101: readers too slow; 4102: the gateway lost Redis.",
+    "Sockets and event streams closed by the gateway, by code: our own, and 1002, 1007 or 1009 for what breaks RFC 6455.",
+    "4101: readers too slow; 4102: a failover took the registration of an auction back, send it again; 4408: peers vanish "
+    "without a word, look at the network; 4400, 4429 and those of RFC 6455: a client is at fault.",
     labels=("code",),
 )
 RESUMES: Final = Metric(
@@ -199,7 +200,8 @@ ARCHIVE_REFUSED: Final = Metric(
     Kind.GAUGE,
     "Audit records in the streams that contradict the archive: another record has their number, or they have none.",
     "Must be 0. If not: run `auction-timer audit verify`, keep copies of Redis and of the archive, and find out who wrote. "
-    "Redis lost records in a failover, or somebody changed one of the two. Their shard's stream is not trimmed meanwhile.",
+    "Redis lost records in a failover, or somebody changed one of the two. Their shard's stream is not trimmed meanwhile: if "
+    "it was a failover, export the rows that verify names, delete them from the archive, and restart the reconciler.",
 )
 WEBHOOK_DELIVERIES: Final = Metric(
     "auctions_webhook_deliveries_total",
@@ -224,7 +226,8 @@ CORRECTIONS: Final = Metric(
     "Drifts that the reconciler found and asked to repair or, where no event can mend them, wrote down; by what was wrong.",
     "Read `auction:timer:reconciliations`: each has its cause, before, after and evidence. `heartbeat_frozen`, "
     "`engine_silent`: look at that engine. `cap_breached`, `memory_differs`, `log_missing`: must be 0; keep Redis as it is, "
-    "and report a bug. `clock`: the date of the Redis host was set, counted once per shard; check its time synchronisation. "
+    "and report a bug. `log_contradicted`: the audit log of a shard does not link to its head, so nothing before the break is "
+    "repaired from it: run `auction-timer audit verify`, mend the archive from a copy, and restart the reconciler. `clock`: the date of the Redis host was set, counted once per shard; check its time synchronisation. "
     "The others: somebody or something writes to Redis besides the engine; find out who.",
     labels=("kind",),
 )

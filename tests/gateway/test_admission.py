@@ -1,9 +1,11 @@
 """Tests for gateway.admission: the handshake rate, and requests beyond the room for connections."""
 
 import pytest
+from websockets.http11 import Request
 
 from engine.settings import Settings
-from gateway.admission import PLAIN_MIN, RETRY_AFTER_MAX_S, Admission, TokenBucket, plain_connections_max, retry_after
+from gateway.admission import PLAIN_MIN, Admission, TokenBucket, plain_connections_max
+from gateway.problems import RETRY_AFTER_MAX_S
 from tests.fakes.clock import ManualClock, Timeline
 from tests.gateway.front import front
 from tests.gateway.house import House, record
@@ -28,11 +30,6 @@ def test_a_bucket_keeps_its_rate_however_often_it_is_asked() -> None:
     bucket = TokenBucket(100, 0)
     taken = sum(bucket.take(step * SECOND_NS // 10_000) for step in range(100_000))
     assert 1_099 <= taken <= 1_100
-
-
-def test_when_to_come_back_is_spread() -> None:
-    """Whole seconds, as RFC 9110 has them, and not the same for all."""
-    assert {int(retry_after()["Retry-After"]) for _ in range(200)} == set(range(1, RETRY_AFTER_MAX_S + 1))
 
 
 def admission(**settings: int) -> Admission:
@@ -94,3 +91,18 @@ async def test_handshakes_beyond_the_rate_are_503_and_when_to_try_again() -> Non
     await opened(house)
     assert Peer(house.door).knock().status == 503
     assert house.sample("auctions_gateway_handshakes_total", outcome="too_many_handshakes") == 2
+
+
+@pytest.mark.requirement("R7")
+async def test_pages_from_elsewhere_use_up_no_handshakes() -> None:
+    """However many are turned away for their origin, the turn is still there for one who may come in."""
+    house = House(handshakes_per_second_max=1)
+    house.put(record())
+
+    def from_elsewhere(request: Request) -> None:
+        request.headers["Origin"] = "http://evil.example"
+
+    for _ in range(5):
+        assert Peer(house.door).knock(from_elsewhere).status == 403
+    await opened(house)
+    assert Peer(house.door).knock().status == 503

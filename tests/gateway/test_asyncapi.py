@@ -7,12 +7,15 @@ import jsonschema_rs
 import orjson
 import pytest
 
+from auction_timer.client import HEARTBEAT_MS as CLIENT_HEARTBEAT_MS
 from engine.contract.frames import announce, is_frame
 from engine.contract.timers import TimerRecord, tick_line
 from engine.domain.decide import Fact
+from engine.domain.policy import TICK_INTERVAL_MS_MAX
 from engine.store.protocol import UpdateEntry
-from gateway.asyncapi import document, frame_schemas
+from gateway.asyncapi import CLIENT_SYNC, document, frame_schemas
 from gateway.closing import CloseCode
+from gateway.connection import REPORTED_MS_MAX
 from gateway.stale import StaleTicks
 from tests.engine.contract.test_frames import BUYER, DECISIONS, NOW
 from tests.gateway.front import front
@@ -163,6 +166,26 @@ def test_a_frame_that_is_wrong_is_found() -> None:
         )
     assert faults_of({"type": "unheard.of"}) == ["no schema for unheard.of"]
     assert len(frame_schemas()) == 14
+
+
+def test_the_reports_of_a_client_have_their_bounds() -> None:
+    """As the socket checks them: a drift has two directions, a round trip has not."""
+    for name, reported, is_fault in [
+        ("drift_ms", -REPORTED_MS_MAX, False),
+        ("drift_ms", -REPORTED_MS_MAX - 1, True),
+        ("rtt_ms", 0, False),
+        ("rtt_ms", -0.5, True),
+        ("rtt_ms", REPORTED_MS_MAX + 1, True),
+        ("rtt_ms", None, False),
+    ]:
+        assert bool(faults_of({"type": "sync", "t0": 1, name: reported}, CLIENT_SYNC)) is is_fault, (name, reported)
+
+
+def test_a_client_that_goes_by_the_heartbeat_suspects_no_healthy_connection() -> None:
+    """It is longer than the slowest ticks are apart, by more than they are ever late."""
+    heartbeat_ms = frame_schemas()["timer.snapshot"]["properties"]["heartbeat_ms"]["const"]
+    assert heartbeat_ms >= TICK_INTERVAL_MS_MAX + 5_000
+    assert heartbeat_ms == CLIENT_HEARTBEAT_MS
 
 
 async def test_the_description_is_served_to_everybody() -> None:

@@ -225,5 +225,5 @@ async def test_what_cannot_be_read_now_is_503(
             made.store.failing[call] = StoreUnavailableError("secret-place is away")
         answer = await made.http.get("/auctions/a-1/audit")
         assert (answer.status_code, answer.json()["error_code"]) == (503, "DEPENDENCY_UNAVAILABLE")
-        assert answer.headers["retry-after"] == "1"
+        assert 1 <= int(answer.headers["retry-after"]) <= 5
         assert "secret-place" not in answer.text

@@ -222,7 +222,7 @@ async def test_keys_that_cannot_be_read_are_no_reason_to_send_somebody_away_for_
         async with front(jwks_url=issuer.url) as made:
             answer = await made.http.get("/auctions", headers=headers)
             assert (answer.status_code, answer.json()["error_code"]) == (503, "DEPENDENCY_UNAVAILABLE")
-            assert answer.headers["retry-after"] == "1"
+            assert 1 <= int(answer.headers["retry-after"]) <= 5
             assert "keys" in (await made.http.get("/readyz")).json()["checks"]["keys"]
             issuer.status, issuer.body = 200, key_set(mine)
             made.line.advance(10_000)

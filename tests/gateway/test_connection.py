@@ -21,8 +21,10 @@ from gateway.connection import (
     CLIENT_FRAME_BYTES_MAX,
     CLIENT_FRAMES_PER_SECOND_MAX,
     CLOSE_WITHIN_S,
+    MESSAGE_EARNED_NS,
     MESSAGES_PER_SECOND_MAX,
 )
+from gateway.problems import RETRY_AFTER_MAX_S
 from gateway.room import Room, text_frame
 from tests.fakes.clock import BORN_MS
 from tests.fakes.loop import run
@@ -135,7 +137,7 @@ async def test_compression_is_declined() -> None:
 
 @pytest.mark.requirement("B4")
 async def test_since_brings_what_was_missed() -> None:
-    """The cursor in the query is honoured, the last one if there are several."""
+    """The cursor in the query is honoured, the last one if there are several; an empty one leads nowhere."""
     house = House()
     await opened(house)
     for version in (2, 3):
@@ -144,8 +146,9 @@ async def test_since_brings_what_was_missed() -> None:
     peer = Peer(house.door, f"{PATH}?since=garbage&since=0.1-0").knock()
     snapshot, missed = peer.told()
     assert (snapshot["recovered"], missed["timer"]["version"]) == (True, 3)
-    (alone,) = Peer(house.door, f"{PATH}?since=").knock().told()
-    assert alone["recovered"] is None
+    for since in ("?since=", "?since", "?since=0.1-0&since="):
+        (alone,) = Peer(house.door, PATH + since).knock().told()
+        assert alone["recovered"] is False
 
 
 async def test_a_handshake_in_single_bytes_is_a_handshake() -> None:
@@ -293,7 +296,7 @@ async def test_a_store_that_is_away_is_503_and_says_when_to_come_back() -> None:
     await settled(house)
     assert (peer.status, peer.problem["error_code"]) == (503, "DEPENDENCY_UNAVAILABLE")
     assert peer.response is not None
-    assert peer.response.headers["Retry-After"] == "1"
+    assert 1 <= int(peer.response.headers["Retry-After"]) <= RETRY_AFTER_MAX_S
     await turns()
     assert_gone(house, peer)
 
@@ -308,6 +311,51 @@ async def test_an_auction_that_cannot_be_read_is_answered_too() -> None:
     assert (peer.status, peer.problem["error_code"]) == (500, "INTERNAL_ERROR")
     await turns()
     assert_gone(house, peer)
+
+
+REFUSED: dict[str, tuple[str, int, Callable[[House], None]]] = {
+    "no socket there": ("/nowhere", 404, lambda _house: None),
+    "no such auction": ("/auctions/nobody/updates", 404, lambda _house: None),
+    "draining": (PATH, 503, lambda house: setattr(house.door, "draining", True)),
+    "store away": (PATH, 503, lambda house: house.store.failing.update(view=StoreUnavailableError("away"))),
+    "unreadable": (PATH, 500, lambda house: house.memory.shards[0].timers[AUCTION].update(version="nonsense")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    ("given", "echoed"),
+    [((), None), (("mine-1",), "mine-1"), (("first", "last"), "last"), (("two words",), None), (("x" * 129,), None)],
+)
+async def test_a_refusal_can_be_asked_about(case: str, given: tuple[str, ...], echoed: str | None) -> None:
+    """The correlation id is the one that was sent, or a new one where none can be echoed; the body says the same."""
+    path, status, prepare = REFUSED[case]
+    house = House()
+    house.put(record())
+    prepare(house)
+    peer = Peer(house.door, path).knock(_with("X-Correlation-Id", *given))
+    await settled(house)
+    assert peer.status == status
+    assert peer.response is not None
+    said = peer.response.headers["X-Correlation-Id"]
+    assert peer.problem["correlation_id"] == said
+    assert said == echoed or (echoed is None and said.startswith("req-"))
+
+
+async def test_a_malformed_handshake_can_be_asked_about_too() -> None:
+    """The library's own refusals have the id as well."""
+    house = House()
+    house.put(record())
+
+    def edit(request: Request) -> None:
+        _with("Sec-WebSocket-Key", "?")(request)
+        request.headers["X-Correlation-Id"] = "mine-1"
+
+    peer = Peer(house.door).knock(edit)
+    await settled(house)
+    assert peer.status == 400
+    assert peer.response is not None
+    assert peer.response.headers["X-Correlation-Id"] == "mine-1"
 
 
 # Going away before the handshake is answered.
@@ -431,6 +479,7 @@ async def test_a_message_in_single_bytes_or_in_fragments_is_one_message() -> Non
         b'{"type":"sync","t0":null}',
         b'{"type":"sync","t0":1,"drift_ms":"1"}',
         b'{"type":"sync","t0":1,"rtt_ms":false}',
+        b'{"type":"sync","t0":1,"rtt_ms":-0.5}',
         b'{"type":"sync","t0":NaN}',
     ],
 )
@@ -482,17 +531,20 @@ async def test_bad_messages_count_over_the_whole_life_of_a_socket() -> None:
         assert (peer.farewell is None) is (number < BAD_MESSAGES_MAX - 1)
 
 
-async def test_five_messages_a_second_are_answered_and_the_sixth_closes() -> None:
-    """The rate is per second: after one the count starts again."""
+EARNED_MS = MESSAGE_EARNED_NS / 1e6
+
+
+@pytest.mark.requirement("R8")
+@pytest.mark.parametrize("pause_ms", [1_000, 3_600_000])
+async def test_five_messages_at_once_are_answered_and_the_sixth_closes(pause_ms: int) -> None:
+    """A second later there are five again, and after an hour no more than that."""
     house = House()
     peer = await opened(house)
     for _ in range(3):
         peer.say(*[SYNC] * MESSAGES_PER_SECOND_MAX)
         assert len(peer.told()) == MESSAGES_PER_SECOND_MAX
-        house.line.advance(1_000)
-    peer.say(*[SYNC] * MESSAGES_PER_SECOND_MAX)
-    house.line.advance(999)
-    peer.say(SYNC)
+        house.line.advance(pause_ms)
+    peer.say(*[SYNC] * (MESSAGES_PER_SECOND_MAX + 1))
     assert len(peer.told()) == MESSAGES_PER_SECOND_MAX
     farewell = peer.farewell
     assert farewell is not None
@@ -501,6 +553,40 @@ async def test_five_messages_a_second_are_answered_and_the_sixth_closes() -> Non
     peer.flush()
     await turns()
     assert_gone(house, peer)
+
+
+@pytest.mark.requirement("R8")
+async def test_what_is_earned_is_one_message_at_a_time() -> None:
+    """Behind a burst of five a message passes as soon as it is earned, and not a moment sooner."""
+    house = House()
+    peer = await opened(house)
+    peer.say(*[SYNC] * MESSAGES_PER_SECOND_MAX)
+    for _ in range(20):
+        house.line.advance(EARNED_MS)
+        peer.say(SYNC)
+    assert len(peer.told()) == MESSAGES_PER_SECOND_MAX + 20
+    house.line.advance(EARNED_MS - 1)
+    peer.say(SYNC)
+    assert peer.told() == []
+    assert peer.farewell is not None
+    assert peer.farewell[0] == 4429
+
+
+@pytest.mark.requirement("R8")
+@pytest.mark.parametrize("every_ms", [200, 191], ids=["in step", "a fast clock"])
+@pytest.mark.parametrize("late_ms_max", [0, 20, 700])
+async def test_five_a_second_are_never_too_many(every_ms: int, late_ms_max: int) -> None:
+    """Sent evenly for ten minutes, held up by the network now and then: bunched and late, in order, and all answered."""
+    chance = random.Random(late_ms_max)
+    house = House()
+    peer = await opened(house)
+    began_ns, arrives_ms = house.line.now_ns, 0.0
+    for number in range(3_000):
+        arrives_ms = max(arrives_ms, number * every_ms + chance.uniform(0, late_ms_max))
+        house.line.advance_to(began_ns + round(arrives_ms * 1e6))
+        peer.say(SYNC)
+    assert len(peer.told()) == 3_000
+    assert peer.farewell is None
 
 
 async def test_a_flood_in_one_piece_is_cut_at_the_sixth() -> None:

@@ -376,6 +376,74 @@ def test_frames_behind_the_handshake_are_read(house: House, pieces: list[bytes],
     after(house, scenario)
 
 
+def asked_by(wire: Wire) -> str:
+    """The correlation id of the only answer, which its header and its body must both say."""
+    head, _, body = bytes(wire.taken).partition(b"\r\n\r\n")
+    (said,) = re.findall(rb"(?i)\r\nx-correlation-id: (\S+)", head)
+    assert orjson.loads(body)["correlation_id"] == said.decode()
+    return str(said.decode())
+
+
+MINE = b"X-Correlation-Id: mine-1\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "echoed"),
+    [
+        (HANDSHAKE + b"Content-Length: 5\r\n" + MINE, True),
+        (POST[:-2] + MINE, True),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n" + MINE + b"zz\r\n", True),
+        (POST[:-2] + MINE.replace(b"mine", b"not mine"), False),
+        (GET[:-2] + b"X-Long: " + b"x" * 2 * HEADERS_BYTES_MAX + b"\r\n" + MINE, False),
+        (GET[:-2] + MINE[:-2], False),
+        (b"GET\r\n" + MINE, False),
+    ],
+    ids=["handshake", "slow body", "broken body", "no id", "large head", "slow head", "no request"],
+)
+def test_what_is_answered_past_the_application_can_be_asked_about(house: House, data: bytes, echoed: bool) -> None:
+    """The correlation id of the request, as far as that could be read; a new one otherwise."""
+
+    async def scenario() -> None:
+        wire = Wire(house)
+        wire.feed(data)
+        await asyncio.sleep(BODY_S + 0.1)
+        assert wire.answers == 1
+        assert (asked_by(wire) == "mine-1") if echoed else asked_by(wire).startswith("req-")
+
+    after(house, scenario)
+
+
+def test_the_id_is_the_one_that_the_application_gave(house: House) -> None:
+    """What it has logged of a request that never ended is found by what the peer was told."""
+
+    async def names(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["correlation_id"] = "req-ours"
+        await reading(scope, receive, send)
+
+    async def scenario() -> None:
+        wire = Wire(house, names)
+        wire.feed(POST)
+        await asyncio.sleep(BODY_S + 0.1)
+        assert asked_by(wire) == "req-ours"
+
+    after(house, scenario)
+
+
+def test_a_request_is_not_answered_with_the_id_of_the_one_before(house: House) -> None:
+    """On a connection that is kept, the id belongs to its request."""
+
+    async def scenario() -> None:
+        wire = Wire(house)
+        wire.feed(GET[:-2] + MINE)
+        await asyncio.sleep(0.1)
+        assert wire.said.startswith("HTTP/1.1 200")
+        wire.taken.clear()
+        wire.feed(b"GET\r\n\r\n")
+        assert asked_by(wire).startswith("req-")
+
+    after(house, scenario)
+
+
 def test_a_ping_that_does_not_wait_for_the_answer_is_not_answered_before_it(house: House) -> None:
     """No pong stands before the 101, where a client would take it for HTTP."""
 

@@ -5,10 +5,12 @@ import asyncio
 import pytest
 from websockets.frames import Frame, Opcode
 
+from gateway.closing import CloseCode
 from gateway.connection import (
     CLIENT_FRAME_BYTES_MAX,
     CLIENT_FRAMES_PER_SECOND_MAX,
     CLOSE_WITHIN_S,
+    FRAME_EARNED_NS,
     MESSAGES_PER_SECOND_MAX,
     PIECE_BYTES,
 )
@@ -33,7 +35,7 @@ BEGUN = frames(Opcode.TEXT, 1, fin=False)
     ids=["pings", "pongs", "fragments"],
 )
 async def test_frames_of_every_kind_count(first: bytes, opcode: Opcode, fin: bool) -> None:
-    """Fifty a second pass, second after second; one more in a second is 4429."""
+    """Fifty pass at once, second after second, then one each time it is earned; one more is 4429."""
     house = House()
     peer = await opened(house)
     peer.feed(first)
@@ -41,7 +43,10 @@ async def test_frames_of_every_kind_count(first: bytes, opcode: Opcode, fin: boo
         house.line.advance(1_000)
         peer.feed(frames(opcode, CLIENT_FRAMES_PER_SECOND_MAX, fin=fin))
         assert peer.farewell is None
-    house.line.advance(999)
+    house.line.advance(FRAME_EARNED_NS / 1e6)
+    peer.feed(frames(opcode, 1, fin=fin))
+    assert peer.farewell is None
+    house.line.advance(FRAME_EARNED_NS / 1e6 - 1)
     peer.feed(frames(opcode, 1, fin=fin))
     assert peer.farewell == (4429, "at most 50 frames a second")
     assert house.sample("auctions_gateway_disconnects_total", code="4429") == 1
@@ -81,6 +86,18 @@ async def test_a_flood_is_told_once_and_then_cut() -> None:
     assert_gone(house, peer)
 
 
+@pytest.mark.requirement("B3")
+async def test_beyond_twice_as_many_frames_nothing_is_said_any_more() -> None:
+    """Up to there somebody may not have read the farewell yet; one more, and the connection is cut."""
+    house = House()
+    peer = await opened(house)
+    peer.feed(frames(Opcode.PONG, 2 * CLIENT_FRAMES_PER_SECOND_MAX))
+    assert peer.farewell == (4429, "at most 50 frames a second")
+    assert not peer.transport.is_closing()
+    peer.feed(frames(Opcode.PONG, 1))
+    assert peer.transport.aborted
+
+
 async def test_one_who_is_a_little_too_quick_can_still_say_farewell() -> None:
     """What is on the way while the close frame travels does not turn it into a cut."""
     house = House()
@@ -111,6 +128,43 @@ async def test_text_that_is_no_utf_8_is_1007(cut: int) -> None:
     assert peer.farewell == (1007, "a text message is UTF-8")
     await turns()
     assert_gone(house, peer)
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"\xff\xff\xff\xff", "1002"),
+        (frames(Opcode.TEXT, 1, b"\xff"), "1007"),
+        (frames(Opcode.TEXT, 1, b" " * (CLIENT_FRAME_BYTES_MAX + 1)), "1009"),
+    ],
+)
+async def test_a_socket_that_is_closed_for_a_fault_is_counted_once(data: bytes, code: str) -> None:
+    """By the code it was told first: what a peer breaks behind our farewell is not counted again."""
+    house = House()
+    faulty, parting = await opened(house), await opened(house)
+    faulty.feed(data)
+    faulty.feed(data)
+    parting.connection.close(CloseCode.FEED_LOST, "gone")
+    parting.feed(data)
+    await turns()
+    assert_gone(house, faulty, parting)
+    assert house.sample("auctions_gateway_disconnects_total", code=code) == 1
+    assert house.sample("auctions_gateway_disconnects_total", code="4102") == 1
+
+
+@pytest.mark.parametrize("how", ["a close frame", "end of its stream"])
+async def test_a_peer_that_goes_by_itself_is_not_counted(how: str) -> None:
+    """Only what the gateway closes is: neither the echo of a farewell nor the end of a stream is its doing."""
+    house = House()
+    peer = await opened(house)
+    if how == "a close frame":
+        peer.feed(frames(Opcode.CLOSE, 1, b"\x03\xe8"))
+    else:
+        peer.connection.eof_received()
+    await turns()
+    assert_gone(house, peer)
+    (family,) = (each for each in house.registry.collect() if each.name == "auctions_gateway_disconnects")
+    assert family.samples == []
 
 
 async def test_what_is_sent_behind_a_fault_is_read_until_the_peer_has_seen_why() -> None:

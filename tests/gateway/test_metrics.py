@@ -1,12 +1,16 @@
 """Tests for gateway.metrics."""
 
+import re
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.values import MultiProcessValue
 
+from engine.contract import metrics as catalogue
+from gateway.closing import CloseCode
 from gateway.metrics import EVENT_LANE, TICK_LANE, GatewayMetrics, exposition
+from gateway.problems import ProblemType
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,20 @@ def test_everything_the_gateway_counts_is_in_the_exposition() -> None:
         'auctions_timer_drift_ms_sum{source="gateway"} 7.0',
     ):
         assert line in lines
+
+
+def test_what_the_catalogue_tells_to_look_at_exists() -> None:
+    """Every outcome and every close code that is named in a text can be seen in the metric."""
+    outcomes = {"accepted", "malformed"} | {kind.error_code.lower() for kind in ProblemType}
+    named = set(re.findall(r"`(\w+)`", catalogue.HANDSHAKES.remedy))
+    assert named
+    assert named <= outcomes
+    codes = {code.value for code in CloseCode} | {1002, 1007, 1009}
+    named_codes = {
+        int(code) for code in re.findall(r"\d{4}", catalogue.DISCONNECTS.meaning + catalogue.DISCONNECTS.remedy)
+    }
+    assert named_codes
+    assert named_codes - {6455} <= codes
 
 
 def test_under_serve_one_scrape_adds_up_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

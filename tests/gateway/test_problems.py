@@ -3,7 +3,16 @@
 import orjson
 import pytest
 
-from gateway.problems import RESERVED_MEMBERS, Problem, ProblemType, problem_body, problem_response
+from gateway.problems import (
+    RESERVED_MEMBERS,
+    RETRY_AFTER_MAX_S,
+    Problem,
+    ProblemType,
+    problem_body,
+    problem_response,
+    retry_after,
+    unavailable,
+)
 
 CATALOGUE = {
     "RESOURCE_NOT_FOUND": 404,
@@ -78,3 +87,10 @@ def test_the_answer_is_problem_json_with_status_and_headers() -> None:
 def test_a_problem_reads_well_in_a_log() -> None:
     """As an exception it says its code and its detail."""
     assert str(Problem(ProblemType.EMPTY_BATCH, "the array holds no event")) == "EMPTY_BATCH: the array holds no event"
+
+
+def test_when_to_come_back_is_spread() -> None:
+    """Whole seconds, as RFC 9110 has them, and not the same for all; so too where a dependency is away."""
+    possible = set(range(1, RETRY_AFTER_MAX_S + 1))
+    assert {int(retry_after()["Retry-After"]) for _ in range(200)} == possible
+    assert {int(unavailable("away").headers["Retry-After"]) for _ in range(200)} == possible

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.asyncapi import frame_schemas
 from gateway.closing import CloseCode
+from gateway.connection import MESSAGE_EARNED_NS
 from gateway.door import JITTER_MS, RETRY_AFTER_MS
 from tests.gateway.test_asyncapi import faults_of
 from tests.integration.events import bid, event, fresh_id, started
@@ -144,6 +145,21 @@ def test_the_tables_are_complete() -> None:
     assert codes - {1006} == {code.value for code in CloseCode}
     assert all(f"`{kind}`" in PAGE for kind in frame_schemas())
     assert f'{{"retry_after_ms": {RETRY_AFTER_MS}, "jitter_ms": {JITTER_MS}}}' in PAGE
+    assert f"every {MESSAGE_EARNED_NS // 1_000_000} ms" in section("What you may send")
+
+
+def test_the_fields_of_an_event_are_those_it_has() -> None:
+    """What the table of events names is in the schema of each type, and what every such frame has is named."""
+    schemas = frame_schemas()
+    common = {"type", "timer", *schemas["timer.ended"]["required"]}
+    rows = re.findall(r"^\| (`[^|]*) \|[^|]*\|([^|]*)\|$", section("Two lanes"), re.MULTILINE)
+    told = {
+        kind: set(re.findall(r"`(\w+)`", fields)) for kinds, fields in rows for kind in re.findall(r"`([^`]+)`", kinds)
+    }
+    assert told.keys() == schemas.keys() - {"timer.snapshot", "timer.tick", "sync", "error"}
+    for kind, fields in told.items():
+        assert fields <= schemas[kind]["properties"].keys(), kind
+        assert set(schemas[kind]["required"]) - common <= fields, kind
 
 
 def test_the_example_of_a_snapshot_is_one() -> None:

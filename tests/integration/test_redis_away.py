@@ -49,7 +49,8 @@ async def posted(stack: LiveStack, events: list[dict[str, Any]]) -> int:
     refused = 0
     async with httpx.AsyncClient(base_url=stack.url, trust_env=False, timeout=10) as http, asyncio.timeout(30):
         while (answer := await http.post("/events", json=events)).status_code != 202:
-            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.status_code == 503
+            assert 1 <= int(answer.headers["retry-after"]) <= 5
             refused += 1
             await asyncio.sleep(0.05)
     return refused
@@ -108,7 +109,8 @@ async def _judge_while_away(stack: LiveStack, auction_id: str) -> None:
         known = await http.get(f"/auctions/{auction_id}/timer")
         assert (known.status_code, known.json()["stale"]) == (200, True)
         unknown = await http.get(f"/auctions/{fresh_id()}/timer")
-        assert (unknown.status_code, unknown.headers["retry-after"]) == (503, "1")
+        assert unknown.status_code == 503
+        assert 1 <= int(unknown.headers["retry-after"]) <= 5
         assert unknown.json()["error_code"] == "DEPENDENCY_UNAVAILABLE"
         socket_of_unknown = await http.get(
             f"/auctions/{fresh_id()}/updates",
@@ -119,7 +121,8 @@ async def _judge_while_away(stack: LiveStack, auction_id: str) -> None:
                 "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
             },
         )
-        assert (socket_of_unknown.status_code, socket_of_unknown.headers["retry-after"]) == (503, "1")
+        assert socket_of_unknown.status_code == 503
+        assert 1 <= int(socket_of_unknown.headers["retry-after"]) <= 5
 
 
 @pytest.mark.requirement("R16", "B3", "B4")

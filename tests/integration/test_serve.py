@@ -179,7 +179,7 @@ def test_without_its_store_the_gateway_answers_from_memory_and_says_so(stack: Li
         until(lambda: stack.timer(auction_id)["stale"], "what is remembered is marked stale")
         answer = stack.http.get("/auctions/never-seen/timer")
         assert (answer.status_code, answer.json()["error_code"]) == (503, "DEPENDENCY_UNAVAILABLE")
-        assert answer.headers["retry-after"] == "1"
+        assert 1 <= int(answer.headers["retry-after"]) <= 5
         readiness = stack.http.get("/readyz")
         assert readiness.status_code == 503
         assert readiness.json()["checks"]["redis"] != "ok"
