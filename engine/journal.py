@@ -345,7 +345,9 @@ class Journal:
             self._registered.add(auction_id)
             self._whole.add(auction_id)
             standing = TimerRecord(standing.auction, context.trace_id, context.correlation_id)
-        record = TimerRecord(decision.after, standing.trace_id, standing.correlation_id)
+        record = standing
+        if decision.after is not standing.auction:
+            record = TimerRecord(decision.after, standing.trace_id, standing.correlation_id)
         if context is None:
             batch.due_at = decision.at if batch.due_at is None else EpochMs(max(batch.due_at, decision.at))
         if decision.fact is Fact.ENDED:
@@ -391,6 +393,9 @@ class Journal:
 
     def _answer(self, decision: Decision, context: Context, event: InputEvent, entry: Entry) -> None:
         refusal = decision.refusal
+        keep = _is_kept(event, entry)
+        if refusal is None and not keep and context.reply_to is None:
+            return
         record = self._record(decision.after.auction_id)
         body = self._head(context, decision.after.auction_id, entry)
         body["outcome"] = _outcome(decision)
@@ -417,7 +422,6 @@ class Journal:
             if _parks(refusal, event, context):
                 body["outcome"] = IN_TROUBLESHOOTING
                 self._park(context, entry, refusal.code.value, refusal.message)
-        keep = _is_kept(event, entry)
         if not keep and context.reply_to is None:
             return
         if decision.fact is not None:

@@ -59,7 +59,8 @@ def record(
     """The audit record of a decision that has a fact, not yet chained (fields of requirement R26, and our own)."""
     assert decision.fact is not None
     before, after = decision.before.status, decision.after.status
-    details: dict[str, object] = decision.details | _kept(decision)
+    kept = _kept(decision)
+    details: Mapping[str, object] = decision.details | kept if kept else decision.details
     return {
         "event_type": decision.fact.value,
         "auction_id": decision.after.auction_id,

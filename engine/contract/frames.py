@@ -4,6 +4,7 @@ An entry of `auction:updates:{k}` is written by the commit, before anyone knows 
 it. So it holds everything but `cursor`; a gateway adds that, and the time of sending, once per frame.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -96,10 +97,10 @@ def announce(
     if fact is Fact.CORRECTED and record.auction.status.is_terminal:
         return updates  # its end was announced, and is not announced twice
     if fact is Fact.BID_ACCEPTED or fact is Fact.EXTENDED:
-        updates.append(_update(BID_ACCEPTED, record, head | _bid(decision)))
+        updates.append(_update(BID_ACCEPTED, record, head, _bid(decision)))
     if fact is not None and (frame := _FRAME_OF.get(fact)) is not None:
         added = {name: decision.details.get(name) for name in _ADDED.get(fact, ())}
-        updates.append(_update(frame, record, head | added | {"timer": timer(record, now, None)}))
+        updates.append(_update(frame, record, head, added, {"timer": timer(record, now, None)}))
     if fact is Fact.STARTED:
         updates.append(_update(ANALYTICS_STARTED, record, head))
     if fact is Fact.OFFER_CANCELLED:
@@ -134,7 +135,7 @@ def blocked(
         "error": refusal.message,
         "support_reference": support_reference,
     }
-    return _update(OFFER_CANCELLATION_BLOCKED, record, body | _offer(record, actor))
+    return _update(OFFER_CANCELLATION_BLOCKED, record, body, _offer(record, actor))
 
 
 def resynced(record: TimerRecord, resync: Resync, *, at: EpochMs, context: Context, now: EpochMs) -> Update:
@@ -173,6 +174,9 @@ def _bid(decision: Decision) -> dict[str, Any]:
     return added
 
 
-def _update(update_type: str, record: TimerRecord, body: dict[str, Any]) -> Update:
+def _update(update_type: str, record: TimerRecord, *parts: Mapping[str, Any]) -> Update:
     auction = record.auction
-    return Update(update_type, auction.auction_id, auction.version, orjson.dumps({"type": update_type} | body))
+    body: dict[str, Any] = {"type": update_type}
+    for part in parts:
+        body.update(part)
+    return Update(update_type, auction.auction_id, auction.version, orjson.dumps(body))

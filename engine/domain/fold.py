@@ -52,6 +52,8 @@ def fold(auction: Auction, event: InputEvent, at: EpochMs) -> list[Decision]:
     """
     decisions = list(elapse(auction, at))
     standing = decisions[-1].after if decisions else auction
-    decisions.append(decide(standing, event, at))
-    decisions.extend(elapse(decisions[-1].after, at))
+    decision = decide(standing, event, at)
+    decisions.append(decision)
+    if decision.changed:  # else nothing is due that was not before
+        decisions.extend(elapse(decision.after, at))
     return decisions
