@@ -7,12 +7,16 @@
     ... in one place only      stream and archive differ
     a record was removed       the numbers have a gap; at the end, Redis' head is further on
     Redis lost its last ones   the archive is further on than Redis' head
+    a stream id was changed    the ids do not increase, or it is none, or the stream has another one
+
+No hash is over the stream ids. One that was changed to another that would fit is found only while the stream has the record.
 """
 
 import asyncio
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -30,7 +34,7 @@ from auction_timer.roles import EXIT_FAILURE, EXIT_OK, EXIT_UNAVAILABLE, data_di
 from engine.clock import SystemClock
 from engine.contract import keys
 from engine.contract.audit import ChainHead
-from engine.contract.cursors import START
+from engine.contract.cursors import START, stream_order
 from engine.domain.instants import EpochMs
 from engine.settings import Settings
 from engine.store.archive import (
@@ -46,12 +50,13 @@ from engine.store.archive import (
 )
 from engine.store.audit_reader import AuditReader
 from engine.store.link import RedisLink, RedisRefusedError, RedisUrlError
-from engine.store.protocol import StoreUnavailableError
+from engine.store.protocol import AuditEntry, StoreUnavailableError
 from engine.store.redis import RedisStore
 
 ANSWER_WITHIN_MS: Final = 2_000
 """A person waits for the answer; a failover that takes longer is worth a second call."""
 COLUMNS: Final = ("seq", *FIELDS)
+_STREAM_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 Form = Literal["jsonl", "csv"]
 Progress = Callable[[int], None]
@@ -78,6 +83,8 @@ class ShardReport:
     shard: int
     records: int = 0
     head: ChainHead = ChainHead()  # noqa: RUF009 - it is frozen
+    place: tuple[int, int] = (0, 0)
+    """Of the last record whose stream id could be read."""
     fault: Fault | None = None
     faults: int = 0
 
@@ -103,7 +110,7 @@ async def verify_shard(reader: AuditReader, shard: int, progress: Progress) -> S
     async for entries in reader.walk(shard):
         progress(len(entries))
         for entry in entries:
-            report = _linked(report, entry.fields, before)
+            report = _placed(_linked(report, entry.fields, before), entry)
     if reader.store is None:
         return report
     if report.head.seq < before.seq:
@@ -129,6 +136,18 @@ def _linked(report: ShardReport, fields: Mapping[str, str], known: ChainHead) ->
     return replace(report, head=head, records=report.records + 1)
 
 
+def _placed(report: ShardReport, entry: AuditEntry) -> ShardReport:
+    """The report after the same record's place in the stream."""
+    auction_id = entry.fields.get("auction_id", "")
+    if not _STREAM_ID.fullmatch(entry.stream_id):
+        return report.blaming(Fault(report.head.seq, auction_id, "stream_id is not the id of an entry of a stream"))
+    place = stream_order(entry.stream_id)
+    if place <= report.place:
+        behind = "stream_id does not lie behind that of the record before it"
+        report = report.blaming(Fault(report.head.seq, auction_id, behind))
+    return replace(report, place=place)
+
+
 async def _differences(reader: AuditReader, shard: int) -> AsyncIterator[Fault]:
     """Records that stand in the stream and otherwise in the archive."""
     assert reader.store is not None
@@ -140,12 +159,13 @@ async def _differences(reader: AuditReader, shard: int) -> AsyncIterator[Fault]:
         streamed = {seq: entry for entry in entries if (seq := seq_of(entry.fields)) is not None}
         held = await reader.archive.at(shard, list(streamed))
         for seq, entry in streamed.items():
-            if seq in held and held[seq].fields != entry.fields:
+            if seq in held and held[seq] != entry:
                 names = {
                     name
                     for name in (*entry.fields, *held[seq].fields)
                     if entry.fields.get(name) != held[seq].fields.get(name)
                 }
+                names |= {"stream_id"} if held[seq].stream_id != entry.stream_id else set()
                 yield Fault(
                     seq,
                     entry.fields.get("auction_id", ""),

@@ -131,6 +131,25 @@ async def test_one_flipped_byte_in_the_table_is_found(log: Log, name: str, seq: 
     assert alone.fault.seq == seq
 
 
+@pytest.mark.parametrize(
+    ("seq", "at", "blamed"),
+    [
+        (20, 0, 20),  # 1... to 0...: before the one before it
+        (20, 12, 21),  # by a millisecond later: the next one is no later any more
+        (20, 13, 20),  # the dash
+        (38, 14, 38),  # another place of the same millisecond, and the stream still has the record
+    ],
+)
+async def test_one_flipped_byte_in_a_stream_id_is_found(log: Log, seq: int, at: int, blamed: int) -> None:
+    """No hash is over it: its form, the order of the ids and the stream tell."""
+    value = log.written[seq - 1].stream_id
+    flipped = value[:at] + chr(ord(value[at]) ^ 1) + value[at + 1 :]
+    log.sql(f"UPDATE auction_audit_log SET stream_id = '{flipped}' WHERE seq = {seq}")
+    report = await log.verify()
+    assert report.fault is not None
+    assert (report.fault.seq, "stream_id" in report.fault.reason) == (blamed, True)
+
+
 async def test_a_byte_that_is_no_utf_8_is_found(log: Log) -> None:
     """A broken byte in the file itself makes no text any more; the row is named all the same."""
     log.sql("UPDATE auction_audit_log SET details = CAST(x'7bff7d' AS TEXT) WHERE seq = 12")
