@@ -255,7 +255,9 @@ def replay(
 
 @app.command()
 def watch(
-    auction_id: Annotated[str, typer.Argument(metavar="AUCTION_ID")], url: Url = DEFAULT_URL, token: Token = None
+    auction_id: Annotated[str, typer.Argument(metavar="AUCTION_ID", help="As it was registered.")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
 ) -> None:
     """Show a live countdown from the socket, with drift and connection state, until the auction is over."""
     from auction_timer import commands
@@ -266,19 +268,34 @@ def watch(
 @app.command()
 def simulate(
     seed: Annotated[int | None, typer.Option(help="Replays exactly what it did before.", show_default="random")] = None,
-    auctions: Annotated[int, typer.Option(min=1, max=100_000, help="How many auctions there are.")] = 100,
-    days: Annotated[float, typer.Option(min=0.01, max=366, help="Virtual days in which they start.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many seeds, from --seed on, on all cores.")] = 1,
+    small: Annotated[
+        bool, typer.Option("--small", help="Five auctions in half a minute, with a fault every few seconds.")
+    ] = False,
+    auctions: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="How many auctions there are.", show_default="100")
+    ] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0.01, max=366, help="Virtual days in which they start.", show_default="1")
+    ] = None,
     faults: Annotated[
         bool, typer.Option(help="Crashes, pauses, failovers, clocks that step, calls that get lost.")
     ] = True,
 ) -> None:
-    """Run engines and gateways on virtual time against seeded work and faults, and judge what they did.
+    """Run engines, gateways and a reconciler on virtual time against seeded work and faults, and judge what they did.
 
-    Prints SEED first, the hash of everything that happened last. Exit code 1 if a promise was broken.
+    Prints SEED first. Of one seed it prints what happened, and the hash of all of it last; of several those that fail, each
+    with the command that replays it. Exit code 1 if a promise was broken.
     """
     from auction_timer.simulation import report
 
-    _exit(report.play(seed, auctions=auctions, days=days, faults=faults))
+    if small and (auctions is not None or days is not None):
+        raise typer.BadParameter("--small has its own auctions and days")
+    if small:
+        options = report.small_plans(faults=faults)
+    else:
+        options = report.plans_of_days(auctions=auctions or 100, days=days or 1, faults=faults)
+    _exit(report.play(options, first=seed, seeds=seeds))
 
 
 @audit_app.command("verify")
@@ -403,28 +420,39 @@ def ops_requeue(
 
 @app.command("check-config")
 def check_config() -> None:
-    """Print the effective settings and every inconsistency; exit 1 if there is any."""
-    try:
-        settings = Settings.load()
-    except SettingsError as error:
-        for fault in error.faults:
-            typer.echo(f"fault: {fault}", err=True)
-        _exit(1)
-    from engine.logs import without_secrets
+    """Print the effective settings and everything for which `serve` would refuse to start; exit 1 if there is any.
 
-    for name in sorted(type(settings).model_fields):
+    Nothing is started and nobody is asked: whether Redis, the archive and the issuer of tokens answer shows later.
+    """
+    from auction_timer.preflight import Role, faults_of
+    from engine import logs
+
+    logs.configure("check-config", form="text", level="warning")
+    settings, faults, wrong = Settings.read()
+    for name in sorted(set(Settings.model_fields) - wrong):
         value = getattr(settings, name)
         if (name == "token" or name.endswith("_secret")) and value:
             value = "***"
         elif name == "webhook_url" and value:
             value = "***"  # of some services the path is the secret
         elif name.endswith("_url") and value:
-            value = without_secrets(value)
+            value = logs.without_secrets(value)
         typer.echo(f"{name} = {value}")
-    faults = settings.faults()
+    faults += faults_of(settings, Role.SERVE)
     for fault in faults:
         typer.echo(f"fault: {fault}", err=True)
     _exit(1 if faults else 0)
+
+
+def _flowing(text: str) -> str:
+    """A docstring without the breaks of its lines, for a terminal of any width; its paragraphs stay."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+for _group in (app, audit_app, troubleshooting_app):
+    for _command in _group.registered_commands:
+        assert _command.callback is not None
+        _command.help = _flowing(_command.callback.__doc__ or "")
 
 
 def main() -> None:

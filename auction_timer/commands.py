@@ -5,13 +5,13 @@ import contextlib
 import sys
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from auction_timer.client import ClientError
-from auction_timer.emit import EmitResult, EmitStoppedError, stream_lines
+from auction_timer.emit import EmitResult, stream_lines
 from auction_timer.emit import emit as emit_lines
 from auction_timer.replay import HistoryError, ReplayProgress, print_report, sample_path
 from auction_timer.replay import replay as play
@@ -21,6 +21,8 @@ from auction_timer.watch import watch as watch_one
 
 T = TypeVar("T")
 
+EXIT_INTERRUPTED: Final = 130
+"""What a shell makes of SIGINT."""
 REJECTIONS_SHOWN = 20
 SAMPLE = "sample"
 
@@ -53,24 +55,24 @@ def _complain(error: Exception) -> int:
 
 
 def emit(file: str, *, url: str, token: str | None) -> int:
-    """Send the events of a file, or of stdin for `-`; the exit code."""
+    """Send the events of a file, or of stdin for `-`; the exit code. However it ends, what was counted is told."""
+    result = EmitResult()
     with _progress() as progress, contextlib.ExitStack() as opened:
         task = progress.add_task("sending", total=None, facts="")
 
-        def show(result: EmitResult) -> None:
+        def show(_result: EmitResult) -> None:
             done = result.accepted + result.duplicate + result.rejected
             progress.update(task, completed=done, facts=f"{done:,} events")
 
         try:
-            if file == "-":
-                result = _run(emit_lines(stream_lines(sys.stdin), url=url, token=token, on_progress=show))
-            else:
-                lines = opened.enter_context(Path(file).open(encoding="utf-8"))
-                result = _run(emit_lines(lines, url=url, token=token, on_progress=show))
-        except EmitStoppedError as error:
-            _tell(error.result)
-            return _complain(error)
-        except (ClientError, OSError, UnicodeDecodeError) as error:
+            stream = sys.stdin.buffer if file == "-" else opened.enter_context(Path(file).open("rb"))
+            _run(emit_lines(stream_lines(stream), url=url, token=token, on_progress=show, result=result))
+        except KeyboardInterrupt:
+            _tell(result)
+            return EXIT_INTERRUPTED
+        except (ClientError, OSError) as error:
+            if result.lines:
+                _tell(result)
             return _complain(error)
     _tell(result)
     return result.exit_code
@@ -86,29 +88,43 @@ def _tell(result: EmitResult) -> None:
 
 def replay(file: str, *, rows_max: int | None, **options: Any) -> int:
     """Play a bid history, or the sample that comes with the program; the exit code."""
+    seen: ReplayProgress | None = None
     with _progress() as progress:
         task = progress.add_task("reading", total=None, facts="")
 
         def show(now: ReplayProgress) -> None:
+            nonlocal seen
+            seen = now
             progress.update(
                 task,
                 description=now.phase.value,
                 total=now.bids + now.auctions,
                 completed=now.sent + now.ended,
-                facts=f"{now.sent:,}/{now.bids:,} bids, {now.ended:,}/{now.auctions:,} ended, {now.extensions:,} extensions",
+                facts=_facts(now),
             )
 
         try:
             path = sample_path() if file == SAMPLE else Path(file)
             report = _run(play(path, on_progress=show, **options))
+        except KeyboardInterrupt:
+            print(f"interrupted: {_facts(seen)}" if seen is not None else "interrupted before anything was sent")
+            return EXIT_INTERRUPTED
         except (ClientError, HistoryError, PlanError, OSError) as error:
             return _complain(error)
     print_report(report, Console(), rows_max=rows_max)
     return report.exit_code
 
 
+def _facts(now: ReplayProgress) -> str:
+    return f"{now.sent:,}/{now.bids:,} bids, {now.ended:,}/{now.auctions:,} ended, {now.extensions:,} extensions"
+
+
 def watch(auction_id: str, *, url: str, token: str | None) -> int:
     """Show an auction until it is over; the exit code. Ctrl-C stops watching, which is no failure."""
-    with contextlib.suppress(KeyboardInterrupt):
-        return _run(watch_one(auction_id, url=url, token=token, console=Console()))
+    try:
+        _run(watch_one(auction_id, url=url, token=token, console=Console()))
+    except KeyboardInterrupt:
+        return EXIT_OK
+    except ClientError as error:
+        return _complain(error)
     return EXIT_OK

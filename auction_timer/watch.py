@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from auction_timer.client import (
-    ClientError,
     ConnectionState,
     Frame,
     Timer,
@@ -82,7 +81,7 @@ async def watch(
     token: str | None = None,
     clock: Clock | None = None,
     source: Source | None = None,
-) -> int:
+) -> None:
     """Show an auction until it is over.
 
     Args:
@@ -92,24 +91,17 @@ async def watch(
         clock: of this machine.
         source: where the frames come from; the auction's socket if None.
 
-    Returns:
-        The exit code: 0 when the auction is over, 1 if it cannot be watched, with a sentence that says why.
+    Raises:
+        ClientError: it cannot be watched.
     """
     clock = clock or SystemClock()
+
+    def dialled(session: TimerSession) -> AsyncGenerator[Frame, None]:
+        return watch_auction(url, auction_id, token=token, session=session, clock=clock)
+
     session = TimerSession(auction_id)
-    try:
-        if source is None:
-            frames = watch_auction(url, auction_id, token=token, session=session, clock=clock)
-        else:
-            frames = source(session)
-        if console.is_terminal:
-            await _paint_live(frames, session, console, clock)
-        else:
-            await _print_lines(frames, session, console, clock)
-    except ClientError as error:
-        _print(console, f"auction-timer: {error}")
-        return 1
-    return 0
+    show = _paint_live if console.is_terminal else _print_lines
+    await show((source or dialled)(session), session, console, clock)
 
 
 async def _paint_live(

@@ -37,7 +37,10 @@ def configure(role: str, *, form: str, level: str) -> None:
 
 def without_secrets(url: str) -> str:
     """A URL as it may be logged: user and password replaced, also where they stand in the query."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # such as "http://[": where its password ends nobody can tell
+        return "***"
     userinfo, at, host = parts.netloc.rpartition("@")
     shown = urlunsplit(parts._replace(netloc=f"***@{host}")) if at and userinfo else url
     return re.sub("(?<=username=|password=)[^&]*", "***", shown)

@@ -9,7 +9,7 @@ import os
 from base64 import b64decode
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
@@ -300,7 +300,7 @@ class Settings(BaseSettings):
         return found
 
     @classmethod
-    def load(cls, **options: Any) -> Self:
+    def load(cls, **options: Any) -> "Settings":
         """Read the environment and `.env`; `options` that are not None go before both.
 
         Raises:

@@ -25,29 +25,45 @@ def connections_that_fit(descriptors: int) -> int:
     return min(free * 2 // 3, free - 2 * PLAIN_MIN)  # half as many plain ones, or the least of them
 
 
+def fitting(settings: Settings) -> Settings:
+    """The settings that fit this process's hard limit of open files.
+
+    Where nobody chose `connections_max`, it becomes what fits.
+
+    Raises:
+        SettingsError: the chosen `connections_max` does not fit, or nothing does.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = descriptors_needed(settings.connections_max)
+    if hard == resource.RLIM_INFINITY or needed <= hard:
+        return settings
+    fit = connections_that_fit(hard)
+    if "connections_max" in settings.model_fields_set or fit < 1:
+        advice = (
+            f"connections_max ({settings.connections_max}) needs {needed} open files and this process may have "
+            f"{hard}: raise the limit (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of Docker) or set "
+            f"AUCTION_TIMER_CONNECTIONS_MAX to {max(fit, 1)} or less"
+        )
+        raise SettingsError([advice])
+    return settings.model_copy(update={"connections_max": fit})
+
+
 def make_room(settings: Settings) -> Settings:
     """Raise this process's limit of open files to what `connections_max` needs; the settings that hold then.
 
     Not to the hard limit: that may be 2^30, and programs that close everything before they start another take it for a
-    number worth counting to. Where nobody chose `connections_max`, it becomes what fits.
-
-    Raises:
-        SettingsError: the chosen `connections_max` does not fit the hard limit, or nothing does.
+    number worth counting to. Raises as `fitting` does.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = descriptors_needed(settings.connections_max)
-    most = needed if hard == resource.RLIM_INFINITY else hard
-    if needed > most:
-        fit = connections_that_fit(most)
-        if "connections_max" in settings.model_fields_set or fit < 1:
-            advice = (
-                f"connections_max ({settings.connections_max}) needs {needed} open files and this process may have "
-                f"{most}: raise the limit (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of Docker) or set "
-                f"AUCTION_TIMER_CONNECTIONS_MAX to {max(fit, 1)} or less"
-            )
-            raise SettingsError([advice])
-        log.warning("connections_limited", connections_max=fit, open_files=most, wanted=settings.connections_max)
-        settings, needed = settings.model_copy(update={"connections_max": fit}), descriptors_needed(fit)
+    held = fitting(settings)
+    if held is not settings:
+        log.warning(
+            "connections_limited",
+            connections_max=held.connections_max,
+            open_files=hard,
+            wanted=settings.connections_max,
+        )
+    needed = descriptors_needed(held.connections_max)
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    return settings
+    return held

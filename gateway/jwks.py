@@ -58,9 +58,10 @@ class FileSource:
         return str(self._path)
 
     async def read(self) -> bytes:
-        return await asyncio.to_thread(self._read)
+        return await asyncio.to_thread(self.read_now)
 
-    def _read(self) -> bytes:
+    def read_now(self) -> bytes:
+        """As `read`, for who has no loop to keep."""
         try:
             with self._path.open("rb") as file:
                 body = file.read(JWKS_BYTES_MAX + 1)

@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from auction_timer import embedded
 from auction_timer.embedded import (
     APPEND_ONLY_DIR,
+    LOADING_MS_MAX,
     LOG_BYTES_MAX,
     MANIFEST,
     SOCKET_PATH_BYTES_MAX,
@@ -37,6 +38,8 @@ from auction_timer.embedded import (
     find_damage,
     find_server_binary,
     prepare_data_dir,
+    refuse_in_use,
+    refuse_unusable,
     socket_path_for,
 )
 from auction_timer.errors import (
@@ -412,6 +415,28 @@ def test_a_loading_server_is_waited_for(on_loop: Callable[[Scenario], None], sho
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(("step_ms", "comes_up"), [(3_600_000, True), (LOADING_MS_MAX + 1, False)])
+async def test_the_deadline_of_a_start_is_for_silence(
+    short_tmp: Path, data_dir: Path, step_ms: int, comes_up: bool
+) -> None:
+    """A server that says that it loads is waited for as long as any data takes, whatever the deadline; not for ever."""
+    now_s = 0.0
+
+    def look(progress: StartProgress) -> None:
+        nonlocal now_s
+        now_s += step_ms / 1_000 if progress.state is StartState.LOADING else 0
+
+    loading = program(short_tmp / "loading", LOADS_FOR_A_WHILE)
+    server = EmbeddedServer(data_dir, loading, start_deadline_ms=300, on_progress=look, monotonic=lambda: now_s)
+    if comes_up:
+        async with server:
+            assert now_s == 3 * step_ms / 1_000
+    else:
+        with pytest.raises(ServerStartError, match="did not answer within 300 ms"):
+            await server.start()
+
+
+@pytest.mark.integration
 async def test_a_stop_interrupts_a_start(short_tmp: Path, data_dir: Path) -> None:
     """A stop during a long start ends the process at once, and the start says why it did not come to its end."""
     server = EmbeddedServer(data_dir, program(short_tmp / "silent", "import signal; signal.pause()"))
@@ -546,6 +571,19 @@ def test_a_lock_excludes_within_the_process_too(short_tmp: Path) -> None:
     second.release()
 
 
+def test_whether_a_directory_is_in_use_can_be_asked(short_tmp: Path) -> None:
+    """The answer is the lock's; nothing is taken by asking, nor made where nothing is yet."""
+    refuse_in_use(short_tmp)
+    assert list(short_tmp.iterdir()) == []
+    lock = DataDirLock(short_tmp)
+    lock.acquire()
+    with pytest.raises(DataDirInUseError, match=f"process {os.getpid()}"):
+        refuse_in_use(short_tmp)
+    lock.release()
+    refuse_in_use(short_tmp)
+    assert is_free(short_tmp)
+
+
 def test_a_lock_whose_holder_has_not_written_its_pid_yet(short_tmp: Path) -> None:
     """Between locking and writing there is no pid to name, and no wrong one is named."""
     first = DataDirLock(short_tmp)
@@ -583,8 +621,9 @@ def test_a_directory_that_cannot_be_made_is_an_error(short_tmp: Path) -> None:
 def test_a_directory_that_cannot_be_written_is_an_error(short_tmp: Path) -> None:
     """A read-only directory is refused before a server is started in it."""
     short_tmp.chmod(0o500)
-    with pytest.raises(DataDirError, match="cannot be written to"):
-        prepare_data_dir(short_tmp)
+    for refuse in (prepare_data_dir, refuse_unusable):
+        with pytest.raises(DataDirError, match="cannot be written to"):
+            refuse(short_tmp)
 
 
 def test_an_existing_directory_keeps_its_mode(short_tmp: Path) -> None:
@@ -915,6 +954,23 @@ async def test_every_kind_of_damage_is_reported(
         await EmbeddedServer(data_dir, binary).start()
     assert caught.value.file.parent == data_dir / APPEND_ONLY_DIR
     assert bytes_of(data_dir) == before
+
+
+@pytest.mark.integration
+async def test_a_manifest_that_is_lost_can_be_written_again(valkey: ServerBinary, data_dir: Path) -> None:
+    """A checker would begin with the very file that is missing; the advice is what does help, and it does."""
+    await with_data(data_dir, valkey)
+    directory = data_dir / APPEND_ONLY_DIR
+    written = (directory / MANIFEST).read_text()
+    lose_manifest(directory)
+    with pytest.raises(UnreadableDataError, match="a line `file NAME seq N type b` or `type i`") as caught:
+        await EmbeddedServer(data_dir, valkey).start()
+    assert "check-aof" not in str(caught.value)
+    again = "file appendonly.aof.1.base.aof seq 1 type b\nfile appendonly.aof.1.incr.aof seq 1 type i\n"
+    assert [line.split()[:6] for line in written.splitlines()] == [line.split() for line in again.splitlines()]
+    (directory / MANIFEST).write_text(again)
+    async with EmbeddedServer(data_dir, valkey) as server, connected(server) as client:
+        assert await client.dbsize() == 100
 
 
 @pytest.mark.integration

@@ -49,10 +49,10 @@ class Intake(httpx.MockTransport):
         return {"id": event_id, "status": "duplicate" if known else "accepted", "arrival_ms": arrival_ms}
 
 
-def bid(event_id: str, **detail: Any) -> str:
+def bid(event_id: str, **detail: Any) -> bytes:
     """One line with an accepted bid."""
     body = {"auction_id": "a", "bid_id": event_id} | detail
-    return orjson.dumps({"id": event_id, "detail-type": "auctions.bid.accepted", "detail": body}).decode()
+    return orjson.dumps({"id": event_id, "detail-type": "auctions.bid.accepted", "detail": body})
 
 
 async def send(lines: Any, intake: Intake | None = None, **options: Any) -> EmitResult:
@@ -64,7 +64,7 @@ async def test_lines_become_batches() -> None:
     """Events go out in their order, 500 to a request, and blank lines and comments are no events."""
     intake = Intake()
     ids = [f"e{number}" for number in range(1_201)]
-    result = await send(["# a comment\n", "\n", *(bid(event_id) + "\n" for event_id in ids)], intake)
+    result = await send([b"# a comment\n", b"\n", *(bid(event_id) + b"\n" for event_id in ids)], intake)
     assert (result.accepted, result.duplicate, result.rejected, result.lines) == (1_201, 0, 0, 1_203)
     assert [event_id for batch in intake.batches for event_id in batch] == ids
     assert max(len(batch) for batch in intake.batches) == EVENTS_MAX
@@ -86,10 +86,10 @@ async def test_bad_events_do_not_hold_up_the_good_ones() -> None:
     lines = [
         bid("e1"),
         bid("e2", amount_minor=-1, currency="x"),
-        "# note",
-        "{no json",
+        b"# note \xff",
+        b"{no json",
         bid("e5"),
-        "[1]",
+        b"[1]",
         bid("e7", bid_id=""),
     ]
     result = await send(lines, intake)
@@ -102,6 +102,16 @@ async def test_bad_events_do_not_hold_up_the_good_ones() -> None:
     assert result.rejections[2].reason == "must be an object"
 
 
+async def test_what_is_not_utf_8_is_a_fault_of_its_own_line() -> None:
+    """It is neither altered and taken, nor the end of the lines behind it."""
+    intake = Intake()
+    result = await send([bid("e1"), bid("e2").replace(b"e2", b"e\xff"), bid("e3")], intake)
+    assert intake.batches == [["e1", "e3"]]
+    assert (result.accepted, result.rejected) == (2, 1)
+    assert result.rejections[0].line == 2
+    assert result.rejections[0].reason.startswith("is not JSON")
+
+
 @given(st.lists(st.sampled_from(["good", "again", "blank", "noise", "wrong"]), max_size=60), st.integers(1, 7))
 async def test_every_line_is_accounted_for(kinds: list[str], batch_max: int) -> None:
     """Whatever the mixture and the batches, each line is counted once, and the good events arrive once, in order."""
@@ -111,8 +121,8 @@ async def test_every_line_is_accounted_for(kinds: list[str], batch_max: int) -> 
             {
                 "good": bid(f"e{number}"),
                 "again": bid("same"),
-                "blank": "  ",
-                "noise": "}{",
+                "blank": b"  ",
+                "noise": b"}{",
                 "wrong": bid(f"e{number}", amount_minor="1"),
             }[kind]
         )
@@ -144,7 +154,7 @@ async def test_it_never_reads_far_ahead() -> None:
     furthest = 0
     intake = Intake()
 
-    async def endless() -> AsyncIterator[str]:
+    async def endless() -> AsyncIterator[bytes]:
         nonlocal read
         for read in range(1, 1_000):
             yield bid(f"e{read}")
@@ -165,6 +175,24 @@ async def test_progress_is_told_after_each_batch() -> None:
         [bid(f"e{number}") for number in range(25)], batch_max=10, on_progress=lambda now: counts.append(now.accepted)
     )
     assert counts == [10, 20, 25]
+
+
+async def test_who_is_interrupted_still_has_the_counts() -> None:
+    """They are kept where the caller can see them, also when nothing is returned any more."""
+    result = EmitResult()
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b"}{"
+        yield bid("e1")
+        await asyncio.Event().wait()
+
+    sent = asyncio.Event()
+    sending = asyncio.create_task(send(lines(), result=result, on_progress=lambda _result: sent.set()))
+    await sent.wait()
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert (result.lines, result.accepted, result.rejected) == (2, 1, 1)
 
 
 async def test_a_gateway_that_comes_back_gets_everything() -> None:
@@ -206,22 +234,22 @@ async def test_a_source_that_fails_is_told_after_what_was_read() -> None:
     """Events read before the fault are sent, then the fault comes out as it is."""
     intake = Intake()
 
-    def failing() -> Iterator[str]:
+    def failing() -> Iterator[bytes]:
         yield bid("e1")
-        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        raise OSError("the disk is gone")
 
-    async def failing_later() -> AsyncIterator[str]:
+    async def failing_later() -> AsyncIterator[bytes]:
         for line in failing():
             yield line
 
-    with pytest.raises(UnicodeDecodeError):
+    with pytest.raises(OSError, match="the disk is gone"):
         await send(failing_later(), intake)
     assert intake.batches == [["e1"]]
 
 
 async def test_rejections_are_listed_up_to_a_bound() -> None:
     """A file of nonsense is counted to its end, without keeping every reason."""
-    result = await send(["nonsense"] * (REJECTIONS_LISTED_MAX + 5))
+    result = await send([b"nonsense"] * (REJECTIONS_LISTED_MAX + 5))
     assert result.rejected == REJECTIONS_LISTED_MAX + 5
     assert len(result.rejections) == REJECTIONS_LISTED_MAX
 
@@ -251,7 +279,7 @@ async def test_a_pipe_is_read_line_by_line() -> None:
     os.write(writing, b"one\n\ntwo\xff\nthree")
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        assert [line async for line in stream_lines(pipe)] == ["one\n", "\n", "two\ufffd\n", "three"]
+        assert [line async for line in stream_lines(pipe)] == [b"one\n", b"\n", b"two\xff\n", b"three"]
 
 
 async def test_of_an_endless_line_only_the_beginning_is_kept(tmp_path: Path) -> None:
@@ -267,16 +295,14 @@ async def test_of_an_endless_line_only_the_beginning_is_kept(tmp_path: Path) -> 
         await lines.aclose()
     await feeding
     assert BODY_BYTES_MAX < len(first) <= 3 * BODY_BYTES_MAX
-    assert second == "next\n"
+    assert second == b"next\n"
 
 
 async def test_a_regular_file_can_be_stdin(tmp_path: Path) -> None:
     """What an event loop cannot wait for, a file or /dev/null, is read all the same."""
     path = tmp_path / "events.jsonl"
     path.write_text("one\ntwo\n")
-    with path.open() as file:
-        assert [line async for line in stream_lines(file)] == ["one\n", "two\n"]
     with path.open("rb") as file:
-        assert [line async for line in stream_lines(file)] == ["one\n", "two\n"]
-    with os.fdopen(os.open("/dev/null", os.O_RDONLY)) as nothing:
+        assert [line async for line in stream_lines(file)] == [b"one\n", b"two\n"]
+    with os.fdopen(os.open("/dev/null", os.O_RDONLY), "rb") as nothing:
         assert [line async for line in stream_lines(nothing)] == []

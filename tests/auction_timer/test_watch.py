@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from auction_timer.client import Frame, TimerSession, UnknownAuctionError
+from auction_timer.client import Frame, TimerSession, UrlError
 from auction_timer.watch import (
     Source,
     countdown,
@@ -222,7 +222,7 @@ class TestView:
         assert event_text(frame).endswith(text)
 
 
-def watching(*steps: Frame | float | Exception, terminal: bool) -> tuple[int, str]:
+def watching(*steps: Frame | float, terminal: bool) -> str:
     """Watch frames that come in on virtual time; a number is a pause in seconds."""
     timeline = Timeline()
     clock = ManualClock(timeline)
@@ -233,8 +233,6 @@ def watching(*steps: Frame | float | Exception, terminal: bool) -> tuple[int, st
         async def frames(session: TimerSession) -> AsyncGenerator[Frame, None]:
             session.connected(clock.monotonic_ns())
             for step in steps:
-                if isinstance(step, Exception):
-                    raise step
                 if isinstance(step, float):
                     await asyncio.sleep(step)
                     continue
@@ -243,8 +241,8 @@ def watching(*steps: Frame | float | Exception, terminal: bool) -> tuple[int, st
 
         return frames
 
-    code = run(timeline, lambda: watch("a-1", url="http://unused", console=console, clock=clock, source=source()))
-    return code, out.getvalue()
+    run(timeline, lambda: watch("a-1", url="http://unused", console=console, clock=clock, source=source()))
+    return out.getvalue()
 
 
 ENDED: Frame = {
@@ -260,10 +258,9 @@ class TestWatch:
     """The command, on virtual time."""
 
     def test_without_a_terminal_it_writes_a_line_a_second(self) -> None:
-        """A file gets one line per second, one per event, and the last state; the exit code is 0."""
-        code, text = watching(snapshot(), 2.5, TICK, 0.25, ENDED, terminal=False)
+        """A file gets one line per second, one per event, and the last state."""
+        text = watching(snapshot(), 2.5, TICK, 0.25, ENDED, terminal=False)
         lines = text.splitlines()
-        assert code == 0
         assert [line.split(" | ")[0].split("  ")[-1] for line in lines] == [
             "05:00.0", "04:59.0", "04:58.0", "timer.ended", "00:00.0",
         ]  # fmt: skip
@@ -271,21 +268,11 @@ class TestWatch:
 
     def test_on_a_terminal_it_paints_and_leaves_the_last_picture(self) -> None:
         """The display moves while it lasts, and what remains on the screen is the end."""
-        code, text = watching(snapshot(), 0.35, ENDED, terminal=True)
-        assert code == 0
+        text = watching(snapshot(), 0.35, ENDED, terminal=True)
         assert "\x1b[" in text
         assert "ENDED" in text.rpartition("auction")[2]
 
-    @pytest.mark.parametrize("terminal", [False, True])
-    def test_an_unknown_auction_is_exit_code_1(self, terminal: bool) -> None:
-        """What cannot be watched is told in a sentence."""
-        code, text = watching(UnknownAuctionError("http://h", "a-1"), terminal=terminal)
-        assert code == 1
-        assert "auction-timer: the gateway at http://h knows no auction a-1" in text
-
-    def test_a_socket_is_what_it_watches_by_default(self) -> None:
-        """Without another source the URL is dialled, and a wrong one is a sentence, not a trace."""
-        out = StringIO()
-        code = asyncio.run(watch("a-1", url="nonsense", console=Console(file=out, width=100)))
-        assert code == 1
-        assert "write it as http://HOST:PORT" in out.getvalue()
+    def test_what_cannot_be_watched_is_an_error_of_the_client(self) -> None:
+        """Without another source the URL is dialled; the command tells what is wrong with it (see `test_commands`)."""
+        with pytest.raises(UrlError, match="write it as http://HOST:PORT"):
+            asyncio.run(watch("a-1", url="nonsense", console=Console(file=StringIO())))
