@@ -150,6 +150,7 @@ class ClockSync:
         self._judged = judged
         self._logged = Verdict.NONE
         self._coasting_since: MonotonicNs | None = None
+        self._is_away = False
 
     @property
     def verdict(self) -> Verdict:
@@ -163,8 +164,13 @@ class ClockSync:
         try:
             authority_us = await self._authority_us()
         except (RedisError, StoreError, OSError) as error:
-            log.warning("clock_sample_failed", error=str(error))
+            if not self._is_away:  # once, not four times a second for as long as it lasts
+                self._is_away = True
+                log.warning("clock_sample_failed", error=str(error))
             return False
+        if self._is_away:
+            self._is_away = False
+            log.warning("clock_sampled_again")
         received = clock.monotonic_ns()
         if self._clock.synced:
             self.witnesses.look(sent, received, authority_us)
