@@ -9,6 +9,7 @@ was changed afterwards, by a hand or by a fault. Where the log cannot be read, t
     last tick on the wire       fold of the log, at its version     TICK_DIFFERS
     the engine's own view       digest of what is kept              MEMORY_DIFFERS
     fold of the log             the caps, the clock                 CAP_BREACHED, OVERDUE
+    the log                     its own chain, the shard's head     LOG_CONTRADICTED
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,7 @@ class DriftKind(StrEnum):
     OVERDUE = "overdue"
     TICK_DIFFERS = "tick_differs"
     LOG_MISSING = "log_missing"
+    LOG_CONTRADICTED = "log_contradicted"
     MEMORY_DIFFERS = "memory_differs"
     HEARTBEAT_FROZEN = "heartbeat_frozen"
     ENGINE_SILENT = "engine_silent"

@@ -21,15 +21,16 @@ from engine.store.archive import ArchiveUnavailableError, AuditArchive
 from engine.store.protocol import IntakeFullError, LeaseStore, ReconcilerStore, StoreUnavailableError
 from reconciler.drift import Drift, DriftKind, Views, compare
 from reconciler.metrics import ReconcilerMetrics
-from reconciler.observations import Beat, LogMovedBackError, ShardEye, Wire
+from reconciler.observations import Beat, LogMovedBackError, ShardEye, Trust, Wire
 from reconciler.repairs import Plan, Repair, plan
 
 SILENT_MS: Final = 3_000
 """An engine that has not been heard on the tick lane for so long, where it speaks every second, does not work."""
 EVIDENCE_CHARS_MAX: Final = 4_000
 BEAT_LOOK_S: Final = 0.5
-LOOKS_MAX: Final = 3
-"""How often one pass begins a shard anew because its log moved back."""
+LOOKS: Final = (Trust.WHOLE, Trust.WHOLE, Trust.BROKEN_TOO)
+"""How often one pass begins a shard anew because its log moved back. One that does not link may have moved while it was
+read; what it says behind the break is believed only when reading it again has changed nothing."""
 
 Action = Literal["requested", "pending", "reported", "deferred", "left"]
 
@@ -167,22 +168,25 @@ class Reconciler:
     # Looking.
 
     async def _look(self, eye: ShardEye, report: Report) -> tuple[list[Drift], dict[str, Views]]:
-        for _ in range(LOOKS_MAX):
+        reason = ""
+        for trust in LOOKS:
             try:
-                return await self._look_once(eye, report)
+                return await self._look_once(eye, report, trust)
             except LogMovedBackError as error:
                 # A failover took the end of the log back, and everything of the shard with it: what was heard is void.
-                log.warning("audit_log_read_anew", shard=eye.shard, reason=str(error))
+                reason = str(error)
+                log.warning("audit_log_read_anew", shard=eye.shard, reason=reason)
                 self.wire.forget(eye.ledger.told)
                 eye.ledger.begin()
-        log.error("audit_log_unsteady", shard=eye.shard)
-        return [], {}
+        log.error("audit_log_unsteady", shard=eye.shard, reason=reason)
+        drifts, drifted = await self._look_once(eye, report, Trust.NO_LOG)
+        return [_contradicted(eye.shard, reason), *drifts], drifted
 
-    async def _look_once(self, eye: ShardEye, report: Report) -> tuple[list[Drift], dict[str, Views]]:
+    async def _look_once(self, eye: ShardEye, report: Report, trust: Trust) -> tuple[list[Drift], dict[str, Views]]:
         drifts: list[Drift] = []
         drifted: dict[str, Views] = {}
         digest, live, seqs, seen = 0, 0, set(), 0
-        async with aclosing(eye.views()) as pages:
+        async with aclosing(eye.views(trust)) as pages:
             async for observed, page in pages:
                 now = self._clock.now_ms()
                 seqs.add(observed.chain.seq)
@@ -197,8 +201,10 @@ class Reconciler:
                         digest ^= mark(views.told.auction)
                     self._metrics.drift_ms.observe(max((abs(drift.ms_moved) for drift in found), default=0))
         report.auctions += seen
+        if eye.ledger.broken is not None:
+            drifts.append(_contradicted(eye.shard, eye.ledger.broken))
         drifts += await self._of_engine(eye.shard)
-        if not drifts and len(seqs) == 1:
+        if not drifts and len(seqs) == 1 and eye.ledger.whole:
             drifts += self._of_memory(eye.shard, seqs.pop(), live, digest)
         return drifts, drifted
 
@@ -303,6 +309,11 @@ class Reconciler:
 
     def _forget_mended(self, report: Report) -> None:
         self._standing &= {_name(finding.drift) for finding in report.findings}
+
+
+def _contradicted(shard: int, reason: str) -> Drift:
+    """The log of a shard is not one history from its beginning to the head that the shard keeps."""
+    return Drift(DriftKind.LOG_CONTRADICTED, shard, after="one chain", evidence={"reason": reason})
 
 
 def _name(drift: Drift) -> tuple[DriftKind, int, str]:

@@ -2,14 +2,18 @@
 
 The log is the measure, so it is brought to the very place as of which a page was read (`Observed.chain`). Then what is
 compared is one instant, and a busy shard gives no false alarm.
+
+What makes a record part of the log is that the chain leads from it to the head that the shard keeps. The archive may know of
+records that a failover took back; they do not link, and whoever folded them would 'repair' an auction to what never was.
 """
 
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import islice
 from typing import Final
 
@@ -21,7 +25,7 @@ from engine.contract.audit import ChainHead
 from engine.contract.cursors import START
 from engine.contract.timers import Holding
 from engine.domain.decide import Fact
-from engine.store.archive import PAGE, ArchiveUnavailableError, AuditArchive, seq_of
+from engine.store.archive import PAGE, ArchiveUnavailableError, AuditArchive, Selection, misfit, seq_of
 from engine.store.audit_reader import AuditReader
 from engine.store.protocol import AuditEntry, Group, Lease, Observed, Placed, ReconcilerStore, StoreUnavailableError
 from reconciler.drift import Tick, Views
@@ -59,6 +63,10 @@ class Ledger:
         self.chain = ChainHead()
         self.whole = True
         """Whether the log was read from its very first record on."""
+        self.broken: str | None = None
+        """Where the log does not link, if it does not. Nothing before that place is counted on."""
+        self._links_from = 1
+        """The number from which on every record links to the last one."""
         self.told: dict[str, Told] = {}
         self._over: OrderedDict[str, Told] = OrderedDict()
         self._after = START
@@ -69,24 +77,30 @@ class Ledger:
         """What the log says of an auction."""
         return self.told.get(auction_id) or self._over.get(auction_id)
 
-    async def catch_up(self) -> None:
+    async def catch_up(self, *, broken_too: bool = True) -> None:
         """Read what the log holds by now: at first all of it, afterwards what is new.
 
         Raises:
             StoreUnavailableError, ArchiveUnavailableError: one of the two does not answer.
+            LogMovedBackError: see `advance`. Or what was read does not link, and that is not wanted: it may have moved
+                meanwhile, and reading it once more tells.
         """
-        if self.chain.seq == 0:
-            await self._read_all()
-        else:
+        if self.chain.seq > 0:
             await self.advance((await self._store.head(self._shard)).chain)
+            return
+        await self._read_all()
+        if self.broken is not None and not broken_too:
+            raise LogMovedBackError(f"the log of shard {self._shard} does not link: {self.broken}")
 
     async def _read_all(self) -> None:
-        walking = AuditReader(self._store, self._archive).walk(self._shard)
+        walking = AuditReader(self._store, self._archive).surviving(self._shard)
         async with aclosing(walking):
             async for page in walking:
                 for entry in page:
                     self._take(entry)
                 await asyncio.sleep(0)
+        # The id of what came from the archive may be one of a history that is lost.
+        self._after = START
 
     async def advance(self, to: ChainHead) -> None:
         """Fold up to a place that the log has reached.
@@ -100,9 +114,12 @@ class Ledger:
             if not self._ahead:
                 raise LogMovedBackError(f"record {to.seq} of shard {self._shard} is not in its stream")
             entry = self._ahead.popleft()
-            if entry.fields.get("seq") != str(self.chain.seq + 1) or entry.fields.get("prev_hash") != self.chain.hash:
-                raise LogMovedBackError(f"record {self.chain.seq + 1} of shard {self._shard} does not follow")
-            self._take(entry)
+            self._after = entry.stream_id
+            if (seq_of(entry.fields) or 0) <= self.chain.seq:
+                continue  # read before, or no record: what is behind it must link all the same
+            if reason := misfit(entry.fields, self.chain):
+                raise LogMovedBackError(f"record {self.chain.seq + 1} of shard {self._shard} does not follow: {reason}")
+            self._fold(entry.fields)
         if self.chain.seq > to.seq or (to.seq > 0 and self.chain.hash != to.hash):
             raise LogMovedBackError(f"the log of shard {self._shard} went back to record {to.seq}")
 
@@ -111,9 +128,26 @@ class Ledger:
         seq = seq_of(fields)
         if seq is None:
             return
-        if seq != self.chain.seq + 1:
-            self.whole = False
-        self.chain, self._after = ChainHead(seq, fields.get("hash", "")), entry.stream_id
+        before = self.chain
+        if before.seq == 0 and seq > 1:
+            # Nobody has kept what came before: that contradicts nothing.
+            self.whole, self._links_from = False, seq
+            before = ChainHead(seq - 1, fields.get("prev_hash", ""))
+        if reason := misfit(fields, before):
+            self._break_at(seq, fields, reason)
+        else:
+            self._fold(fields)
+
+    def _break_at(self, seq: int, fields: Mapping[str, str], reason: str) -> None:
+        """What came before a record that does not follow is another history, and the record itself is not to be trusted."""
+        self.whole, self._links_from = False, seq + 1
+        self.chain = ChainHead(seq, fields.get("hash", ""))
+        self.broken = f"record {seq}: {reason}"
+        self.told.clear()
+        self._over.clear()
+
+    def _fold(self, fields: Mapping[str, str]) -> None:
+        self.chain = ChainHead(int(fields["seq"]), fields["hash"])
         auction_id = fields.get("auction_id", "")
         if not auction_id:
             return
@@ -139,18 +173,19 @@ class Ledger:
                 self._over.popitem(last=False)
 
     async def look_up(self, auction_id: str) -> Told | None:
-        """What the archive says of an auction that is over for so long that it was forgotten here."""
+        """What the log says of an auction that is over for so long that it was forgotten here."""
         told = self.of(auction_id)
         if told is not None or self._archive is None or auction_id in self._unknown:
             return told
-        after = 0
-        reader = AuditReader(None, self._archive)
-        while records := await reader.of_auction(self._shard, auction_id, after, PAGE):
-            for fields in records:
-                after = seq_of(fields) or after
-                if after <= self.chain.seq:
-                    with contextlib.suppress(LogGapError):
-                        told = fold_record(told, fields)
+        selection, behind = Selection(auction_id), self._links_from - 1
+        if await self._archive.walk(self._shard, behind, 1, selection):
+            walking = AuditReader(self._store, self._archive).surviving(self._shard, selection, after_seq=behind)
+            async with aclosing(walking):
+                async for page in walking:
+                    for entry in page:
+                        if (seq_of(entry.fields) or 0) <= self.chain.seq:
+                            with contextlib.suppress(LogGapError):
+                                told = fold_record(told, entry.fields)
         if told is None and len(self._unknown) < UNKNOWN_KEPT:
             self._unknown.add(auction_id)
         self._keep(auction_id, told)
@@ -238,6 +273,17 @@ class Beat:
     since: MonotonicNs
 
 
+class Trust(Enum):
+    """Which log a look counts on."""
+
+    WHOLE = auto()
+    """One in which every record links to the next."""
+    BROKEN_TOO = auto()
+    """Of one that does not, what stands behind the place where it is broken."""
+    NO_LOG = auto()
+    """None: hash and sorted sets measure each other."""
+
+
 class ShardEye:
     """Looks at one shard."""
 
@@ -247,14 +293,14 @@ class ShardEye:
         self._store = store
         self._wire = wire
 
-    async def views(self) -> AsyncGenerator[tuple[Observed, list[Views]], None]:
+    async def views(self, trust: Trust = Trust.BROKEN_TOO) -> AsyncGenerator[tuple[Observed, list[Views]], None]:
         """Every auction that is live by any view, a page at a time, each page as of one instant.
 
         Raises:
             StoreUnavailableError: Redis does not answer.
-            LogMovedBackError: the log is another one now; begin again.
+            LogMovedBackError: the log is another one now, or not of the kind that is trusted; begin again.
         """
-        whole = await self._read_log()
+        whole = trust is not Trust.NO_LOG and await self._read_log(trust)
         placed = [at.auction_id async for at in self._placed()]
         wanted = dict.fromkeys([*placed, *self.ledger.told])
         ids = iter(wanted)
@@ -272,9 +318,9 @@ class ShardEye:
             yield observed, found
             await asyncio.sleep(0)
 
-    async def _read_log(self) -> bool:
+    async def _read_log(self, trust: Trust) -> bool:
         try:
-            await self.ledger.catch_up()
+            await self.ledger.catch_up(broken_too=trust is Trust.BROKEN_TOO)
         except ArchiveUnavailableError as error:
             log.warning("audit_log_unreadable", shard=self.shard, error=str(error))
             self.ledger.begin()

@@ -22,6 +22,7 @@ REPORTED_ONLY: Final = frozenset(
     {
         DriftKind.OVERDUE,
         DriftKind.LOG_MISSING,
+        DriftKind.LOG_CONTRADICTED,
         DriftKind.MEMORY_DIFFERS,
         DriftKind.HEARTBEAT_FROZEN,
         DriftKind.ENGINE_SILENT,

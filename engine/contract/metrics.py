@@ -200,7 +200,8 @@ ARCHIVE_REFUSED: Final = Metric(
     Kind.GAUGE,
     "Audit records in the streams that contradict the archive: another record has their number, or they have none.",
     "Must be 0. If not: run `auction-timer audit verify`, keep copies of Redis and of the archive, and find out who wrote. "
-    "Redis lost records in a failover, or somebody changed one of the two. Their shard's stream is not trimmed meanwhile.",
+    "Redis lost records in a failover, or somebody changed one of the two. Their shard's stream is not trimmed meanwhile: if "
+    "it was a failover, export the rows that verify names, delete them from the archive, and restart the reconciler.",
 )
 WEBHOOK_DELIVERIES: Final = Metric(
     "auctions_webhook_deliveries_total",
@@ -225,8 +226,10 @@ CORRECTIONS: Final = Metric(
     "Drifts that the reconciler found and asked to repair or, where no event can mend them, wrote down; by what was wrong.",
     "Read `auction:timer:reconciliations`: each has its cause, before, after and evidence. `heartbeat_frozen`, "
     "`engine_silent`: look at that engine. `cap_breached`, `memory_differs`, `log_missing`: must be 0; keep Redis as it is, "
-    "and report a bug. `clock`: the date of the Redis host was set, counted once per shard; check its time synchronisation. "
-    "The others: somebody or something writes to Redis besides the engine; find out who.",
+    "and report a bug. `log_contradicted`: a shard's audit log does not link to its head, and nothing before the break is "
+    "counted on: run `auction-timer audit verify`, mend the archive from a copy, and restart the reconciler. `clock`: the "
+    "date of the Redis host was set, counted once per shard; check its time synchronisation. The others: somebody or "
+    "something writes to Redis besides the engine; find out who.",
     labels=("kind",),
 )
 PASS_MS: Final = Metric(

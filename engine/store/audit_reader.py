@@ -4,6 +4,12 @@ The archiver inserts, then trims. So whoever reads the stream *first* and the ar
 that was no longer in the stream had been archived before. Nor is one read twice, because its number tells.
 
     stream   41 42 43 | archived and trimmed: 41 42 | archive 1..42   read: 43 from the stream, the rest from the archive
+
+A failover may lose the end of a stream that was archived already. Then there are two histories: what happened, as far as the
+shard knows, is what its stream and its head say, and the archive keeps the other one as evidence. `walk` reads the archive
+first, for whoever looks for the evidence; `surviving` asks it only for numbers that the stream no longer holds.
+
+    archive 1..40, of which the shard lost 36..40 | stream 30..35 36' 37'   surviving: 1..29 30..35 36' 37'
 """
 
 import re
@@ -24,16 +30,17 @@ class AuditReader:
     """The audit log of every shard. `store` is None where only the archive can be reached, `archive` where there is none.
 
     Methods raise `StoreUnavailableError` and `ArchiveUnavailableError`. Where both places hold a record of the same number
-    and differ, the archive's is read; `auction-timer audit verify` tells.
+    and differ, `auction-timer audit verify` tells.
     """
 
     store: AuditStore | None
     archive: AuditArchive | None
 
     async def of_auction(self, shard: int, auction_id: str, after_seq: int, limit: int) -> list[dict[str, str]]:
-        """The next `limit` records of an auction behind a number (0 for all), in order; fewer only if there are no more."""
+        """The next `limit` surviving records of an auction behind a number (0 for all), in order; fewer only if there are no
+        more."""
         found: list[dict[str, str]] = []
-        walking = self.walk(shard, Selection(auction_id), after_seq=after_seq, page=min(limit, PAGE))
+        walking = self.surviving(shard, Selection(auction_id), after_seq=after_seq, page=min(limit, PAGE))
         async with aclosing(walking):
             async for page in walking:
                 found += [entry.fields for entry in page if seq_of(entry.fields) is not None]
@@ -46,7 +53,8 @@ class AuditReader:
     ) -> AsyncGenerator[list[AuditEntry], None]:
         """Every record of a shard behind a number, in order, in pages of about `page`; none of them is empty.
 
-        Records of the stream that have no number come where they stand in it.
+        Records of the stream that have no number come where they stand in it. Where both places hold a record of the same
+        number and differ, the archive's is read.
         """
         at = after_seq
         async for entries in self._archived(shard, at, selection, page):
@@ -72,15 +80,45 @@ class AuditReader:
                 at = max(at, *(seq_of(entry.fields) or 0 for entry in fresh), 0)
                 yield fresh
 
-    async def _archived(
-        self, shard: int, after_seq: int, selection: Selection, page: int
+    async def surviving(
+        self, shard: int, selection: Selection = EVERYTHING, *, after_seq: int = 0, page: int = PAGE
     ) -> AsyncGenerator[list[AuditEntry], None]:
-        if self.archive is None:
+        """The records of the history that the shard goes on from, behind a number, as `walk` gives them.
+
+        What comes from the archive need not link to the rest: nobody but the reader of all of it can tell (`misfit`).
+        Without a store, all that the archive holds.
+        """
+        if self.store is None:
+            async for entries in self._archived(shard, after_seq, selection, page):
+                yield entries
+            return
+        # Before the stream: of what the head was then, all that the stream does not show has been archived.
+        head, at, behind = (await self.store.head(shard)).chain, after_seq, START
+        while True:
+            streamed = await self.store.audit_entries(shard, behind, PAGE)
+            numbers = [seq for entry in streamed if (seq := seq_of(entry.fields)) is not None]
+            lacking = head.seq if not streamed else numbers[0] - 1 if numbers else at
+            async for entries in self._archived(shard, at, selection, page, lacking):
+                yield entries
+            if not streamed:
+                return
+            behind, at = streamed[-1].stream_id, max(after_seq, numbers[-1]) if numbers else at
+            fresh = [entry for entry in streamed if selection.holds(entry.fields) and _is_behind(entry, after_seq)]
+            if fresh:
+                yield fresh
+
+    async def _archived(
+        self, shard: int, after_seq: int, selection: Selection, page: int, until_seq: int | None = None
+    ) -> AsyncGenerator[list[AuditEntry], None]:
+        """What the archive holds behind a number, up to another one."""
+        if self.archive is None or (until_seq is not None and until_seq <= after_seq):
             return
         while entries := await self.archive.walk(shard, after_seq, page, selection):
             after_seq = _seq(entries[-1])
-            yield entries
-            if len(entries) < page:
+            kept = entries if until_seq is None else [entry for entry in entries if _seq(entry) <= until_seq]
+            if kept:
+                yield kept
+            if len(kept) < page:
                 return
 
 

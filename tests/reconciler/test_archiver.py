@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,24 @@ async def test_a_redis_that_lost_records_and_counts_on(bench: Bench, later: bool
     assert refused == [str(seq) for seq in range(36, 36 + min(rewritten, 5))]
     assert bench.metric("refused") == min(rewritten, 5)
     assert [entry for entry in await bench.streams.held(0) if entry in news] == news
+
+
+async def test_what_a_person_has_put_aside_makes_room(bench: Bench, tmp_path: Path) -> None:
+    """The lost rows are exported and deleted: the next archiver takes what replaced them, and the stream is trimmed again."""
+    written = await bench.streams.grow(0, 40)
+    await bench.drain()
+    await bench.streams.lose(0, written[35:], head_of(written[:35]))
+    news = linked([fields(seq, "lot-9") for seq in range(36, 66)], head_of(written[:35]))
+    await bench.streams.put(0, news)
+    await bench.streams.set_head(0, head_of(news))
+    await bench.drain()
+    assert (bench.metric("refused"), await bench.streams.held(0)) == (5, news)
+    with closing(sqlite3.connect(tmp_path / "audit.sqlite3")) as connection, connection:
+        connection.execute("DELETE FROM auction_audit_log WHERE shard = 0 AND seq BETWEEN 36 AND 40")
+    await bench.drain()
+    assert whole(await bench.archived(), 65)
+    assert await bench.streams.held(0) == news[-RETAINED:]
+    assert bench.metric("refused") == 0
 
 
 async def test_many_refusals_do_not_fill_the_log(bench: Bench) -> None:

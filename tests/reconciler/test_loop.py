@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.contract.timers import heartbeat_line, tick_line
 from engine.domain.instants import EpochMs
+from engine.store.archive import AuditArchive
 from engine.store.protocol import Group, Lease
 from reconciler.loop import Limits, Reconciler, Report
 from reconciler.metrics import ReconcilerMetrics
@@ -28,18 +29,23 @@ class Rig:
 
     def __init__(self, *, repairs_max: int = 100) -> None:
         self.world = World()
+        self.repairs_max = repairs_max
+        self.watch_with(None)
+        self.worker: Worker
+
+    def watch_with(self, archive: AuditArchive | None) -> None:
+        """A new reconciler, that can read this archive."""
         self.registry = CollectorRegistry()
         self.reconciler = Reconciler(
             self.world.store,
             self.world.store,
-            None,
+            archive,
             self.world.clock(seed=5),
             ReconcilerMetrics(self.registry),
             holder="reconciler-1",
             shards=1,
-            limits=Limits(interval_ms=1_000, repairs_max=repairs_max, lease_ms=LEASE_MS, heartbeat_ms=300),
+            limits=Limits(interval_ms=1_000, repairs_max=self.repairs_max, lease_ms=LEASE_MS, heartbeat_ms=300),
         )
-        self.worker: Worker
 
     async def begin(self) -> "Rig":
         """Three auctions run: one in its window, one before, one paused."""

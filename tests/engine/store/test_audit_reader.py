@@ -215,3 +215,64 @@ async def test_the_memory_store_serves_too(archive: AuditArchive) -> None:
     assert [entry.fields for entry in await everything(AuditReader(store, archive))] == [
         entry.fields for entry in written
     ]
+
+
+# --- the history that survived ----------------------------------------------------------------------------------------
+
+
+async def surviving(reader: AuditReader, selection: Selection = EVERYTHING, **options: int) -> list[AuditEntry]:
+    return [entry async for page in reader.surviving(0, selection, **options) for entry in page]
+
+
+@pytest.mark.requirement("R10")
+@pytest.mark.parametrize("rewritten", [0, 3, 5, 9])
+async def test_what_a_failover_took_back_is_read_as_it_went_on(
+    streams: Streams, archive: AuditArchive, rewritten: int
+) -> None:
+    """Five archived records were lost, and some were written anew: the stream's word is taken, and the head ends it."""
+    written = await streams.grow(0, 40)
+    while await archiver(streams.store, archive, retained=10).archive_once():
+        pass
+    await streams.lose(0, written[35:], head_of(written[:35]))
+    news = await streams.grow(0, rewritten) if rewritten else []
+    while await archiver(streams.store, archive, retained=1).archive_once():
+        pass
+    reader = AuditReader(streams.store, archive)
+    expected = [entry.fields for entry in (*written[:35], *news)]
+    assert [entry.fields for entry in await surviving(reader)] == expected
+    assert [entry.fields for entry in await surviving(reader, after_seq=20, page=7)] == expected[20:]
+    of_one = [record for record in expected if record["auction_id"] == "lot-1"]
+    assert await reader.of_auction(0, "lot-1", 0, 100) == of_one
+    assert [entry.fields for entry in await surviving(AuditReader(None, archive))][:35] == expected[:35]
+
+
+async def test_a_stream_that_is_empty_ends_at_its_head(streams: Streams, archive: AuditArchive) -> None:
+    """Trimmed to nothing, the archive tells all up to the head; a shard that lost everything has no past."""
+    written = await streams.grow(0, 30)
+    while await archiver(streams.store, archive).archive_once():
+        pass
+    reader = AuditReader(streams.store, archive)
+    await streams.lose(0, written, head_of(written[:25]))
+    assert [entry.fields for entry in await surviving(reader)] == [entry.fields for entry in written[:25]]
+    streams.server.flush()
+    assert await surviving(reader) == []
+
+
+async def test_what_survives_is_read_once_while_records_move(streams: Streams, archive: AuditArchive) -> None:
+    """An archiver moves a page and the engine writes around every call: no gap and no double, as in any walk."""
+    written = await streams.grow(0, 10)
+    moving = archiver(streams.store, archive, retained=1)
+
+    async def move() -> None:
+        nonlocal grown
+        if grown < 12:
+            grown += 1
+            written.extend(await streams.grow(0, 10))
+            await moving.archive_once()
+
+    reader = AuditReader(Turning(streams.store, move), Turning(archive, move))  # type: ignore[arg-type]
+    for _ in range(4):
+        grown, before = 0, len(written)
+        found = await surviving(reader, page=15)
+        assert len(found) >= before
+        assert found == written[: len(found)]
