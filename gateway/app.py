@@ -161,6 +161,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         lifespan=lifespan,
         exception_handlers={Problem: _problem, HTTPException: _http_problem, Exception: _failure},
     )
+    app.router.redirect_slashes = False  # it would send a client to whatever host the request names
     app.add_middleware(Authenticate, tokens=tokens)
     app.add_middleware(Admit, admission=door.admission)
     app.add_middleware(Correlate, origins=door.origins)

@@ -33,6 +33,7 @@ class ProblemType(Enum):
     PAYLOAD_TOO_LARGE = (413, "Body is too large")
     INVALID_PARAMETER = (400, "Invalid parameter")
     METHOD_NOT_ALLOWED = (405, "Method not allowed")
+    UPGRADE_REQUIRED = (426, "This is a WebSocket")
     FOREIGN_ORIGIN = (403, "Origin is not allowed")
     UNAUTHENTICATED = (401, "A valid token is needed")
     INSUFFICIENT_SCOPE = (403, "The token does not allow this")

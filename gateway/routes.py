@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.contract import intake
+from engine.contract.cursors import Cursor
 from engine.contract.intake import IntakeEvent
 from engine.contract.keys import shard_of
 from engine.contract.timers import timer
@@ -57,6 +58,7 @@ class Api:
             Route("/events", self.post_events, methods=["POST"]),
             Route("/auctions", self.list_auctions, methods=["GET"]),
             Route("/auctions/{auction_id}/timer", self.get_timer, methods=["GET"]),
+            Route("/auctions/{auction_id}/updates", self.updates, methods=["GET"], include_in_schema=False),
             Route("/healthz", self.healthz, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -143,6 +145,14 @@ class Api:
             return Response(status_code=304, headers=headers)
         return json_response(view | {"next_poll_ms": again_ms}, headers=headers)
 
+    async def updates(self, _request: Request) -> Response:
+        """The path of the socket, which is none of HTTP; a handshake never comes here."""
+        raise Problem(
+            ProblemType.UPGRADE_REQUIRED,
+            "a WebSocket is here: connect with a client for those; /auctions/{id}/events tells the same over HTTP",
+            headers={"Connection": "Upgrade", "Upgrade": "websocket"},
+        )
+
     async def list_auctions(self, request: Request) -> Response:
         """A page of auctions, next to close first."""
         query = request.query_params
@@ -151,6 +161,8 @@ class Api:
             place = Place.decode(cursor)
             if place is None:
                 raise invalid("cursor", "must be the next_cursor of an earlier answer")
+        # As of before the reading: whoever follows a listed auction from there misses nothing of what came meanwhile.
+        cursors = {shard: str(Cursor(shard, stream_id)) for shard, stream_id in self.hub.positions.items()}
         try:
             found, next_place = await list_auctions(
                 self.store,
@@ -165,7 +177,15 @@ class Api:
         now = self.hub.clock.now_ms()
         return json_response(
             {
-                "auctions": [timer(record, now, None, stale=self.hub.stale()) for record in found],
+                "auctions": [
+                    timer(
+                        record,
+                        now,
+                        cursors.get(shard_of(record.auction.auction_id, self.shards)),
+                        stale=self.hub.stale(),
+                    )
+                    for record in found
+                ],
                 "next_cursor": next_place.encode() if next_place else None,
             }
         )

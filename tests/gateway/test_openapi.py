@@ -25,6 +25,7 @@ METHODS = {"get", "put", "post", "delete", "patch", "head", "options", "trace"}
 ELSEWHERE = {
     ProblemType.METHOD_NOT_ALLOWED: "a method that is not described",
     ProblemType.MALFORMED_REQUEST: "what is no HTTP",
+    ProblemType.UPGRADE_REQUIRED: "a request to the path of the socket, which is no operation of HTTP",
     ProblemType.HEADERS_TOO_LARGE: "a request whose path was not read to its end",
     ProblemType.REQUEST_TIMEOUT: "a request that never came to its end",
 }
@@ -57,7 +58,7 @@ async def test_the_description_names_exactly_the_routes_that_are_served() -> Non
         served = {
             (re.sub(r":[a-z]+}", "}", route.path), method.lower())
             for route in made.gateway.app.routes
-            if isinstance(route, Route)
+            if isinstance(route, Route) and route.include_in_schema
             for method in (route.methods or set()) - {"HEAD"}
         }
     assert {(path, method) for path, method, _ in operations()} == served

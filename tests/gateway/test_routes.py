@@ -441,6 +441,45 @@ async def test_auctions_are_listed_in_pages_over_all_shards() -> None:
         assert (await made.http.get("/auctions?status=ENDED")).json() == {"auctions": [], "next_cursor": None}
 
 
+async def test_a_listed_auction_says_from_where_it_can_be_followed() -> None:
+    """Its cursor is its own shard's, as of before the reading: nothing that comes meanwhile is left out behind it."""
+    async with front(shards=3) as made:
+        for number in range(7):
+            made.put(record(f"n-{number}", ends_at=ENDS_AT + number))
+        before = dict(made.hub.positions)
+        page = made.store.page
+
+        async def meanwhile(shard: int, *arguments: Any) -> Any:
+            made.hub.positions[shard] = "9999999999999-0"
+            return await page(shard, *arguments)
+
+        made.store.page = meanwhile
+        listed = (await made.http.get("/auctions")).json()["auctions"]
+        assert len(listed) == 7
+        for view in listed:
+            shard = shard_of(view["auction_id"], 3)
+            assert view["cursor"] == f"{shard}.{before[shard]}"
+
+
+@pytest.mark.parametrize("path", ["/healthz/", "/auctions/", f"/auctions/{AUCTION}/timer/"])
+async def test_a_slash_too_many_leads_nowhere(path: str) -> None:
+    """No redirect, which would go to whatever host the request names: 404 like any other path that is none of ours."""
+    async with front() as made:
+        answer = await made.http.get(path, headers={"Host": "elsewhere.example"})
+        assert (answer.status_code, answer.json()["error_code"]) == (404, "RESOURCE_NOT_FOUND")
+        assert "location" not in answer.headers
+
+
+async def test_the_path_of_the_socket_says_what_it_is() -> None:
+    """Whoever opens it in a browser is told so, with the protocol to upgrade to (RFC 9110, section 15.5.22)."""
+    async with front() as made:
+        made.put(record())
+        answer = await made.http.get(f"/auctions/{AUCTION}/updates")
+        assert (answer.status_code, answer.json()["error_code"]) == (426, "UPGRADE_REQUIRED")
+        assert (answer.headers["upgrade"], answer.headers["connection"]) == ("websocket", "Upgrade")
+        assert "WebSocket" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("query", "parameter"),
     [
