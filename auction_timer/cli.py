@@ -67,6 +67,10 @@ Token = Annotated[
     ),
 ]
 CommandId = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
+CommandShard = Annotated[
+    int | None,
+    typer.Option("--shard", min=0, help="Which of several of this id, as `list` shows it.", show_default=False),
+]
 ErrorCode = Annotated[str | None, typer.Option(help="Only commands with this error.", show_default=False)]
 EventTypeName = Annotated[str | None, typer.Option(help="Only commands of this type.", show_default=False)]
 Operator = Annotated[str, typer.Option(help="Who is recorded; with a token it is the token's subject.", envvar="USER")]
@@ -371,27 +375,38 @@ def ops_retry(
     command_id: CommandId,
     reason: Annotated[str | None, typer.Option(help="Why, for the audit.", show_default=False)] = None,
     operator: Operator = "operator",
+    shard: CommandShard = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
     """Send a command round again: it enters at the end of the intake, and arrives now."""
     from auction_timer import ops
 
-    _exit(ops.retry(command_id, url=url, token=_settings(token=token).token, reason=reason, operator=operator))
+    token = _settings(token=token).token
+    _exit(ops.retry(command_id, url=url, token=token, reason=reason, operator=operator, shard=shard))
 
 
 @troubleshooting_app.command("cancel")
 def ops_cancel(
     command_id: CommandId,
     reason: Annotated[str, typer.Option(help="Why; whoever sent the command is told.")],
-    operator: Operator = "operator",
+    operator: Annotated[
+        str | None,
+        typer.Option(
+            help="Who answers for it; with a token it is the token's subject.", show_default="required without"
+        ),
+    ] = None,
+    shard: CommandShard = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
     """Cancel a command for good."""
     from auction_timer import ops
 
-    _exit(ops.cancel(command_id, url=url, token=_settings(token=token).token, reason=reason, operator=operator))
+    token = _settings(token=token).token
+    if operator is None and token is None:
+        raise typer.BadParameter("name whoever answers for it, or bring a token", param_hint="--operator")
+    _exit(ops.cancel(command_id, url=url, token=token, reason=reason, operator=operator, shard=shard))
 
 
 @troubleshooting_app.command("requeue")

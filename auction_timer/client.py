@@ -367,22 +367,26 @@ class Api:
                 return found, int(page["depth"])
             query["cursor"] = page["next_cursor"]
 
-    async def retry_parked(self, command_id: str, *, reason: str | None, operator: str) -> dict[str, Any]:
-        """Send a command in troubleshooting round again.
+    async def retry_parked(
+        self, command_id: str, *, reason: str | None, operator: str, shard: int | None = None
+    ) -> dict[str, Any]:
+        """Send a command in troubleshooting round again; `shard` says which of several of this id.
 
         Raises:
-            RefusedError: it is not in troubleshooting (`INVALID_OPERATION`), or not known.
+            RefusedError: it is not in troubleshooting (`INVALID_OPERATION`), not known, or one of several.
             GatewayAwayError: as for `post_events`; it may have been sent round or not.
         """
-        return await self._operate(command_id, "retry", {"reason": reason, "operator": operator})
+        return await self._operate(command_id, "retry", shard, {"reason": reason, "operator": operator})
 
-    async def cancel_parked(self, command_id: str, *, reason: str, operator: str) -> dict[str, Any]:
-        """Cancel a command in troubleshooting for good.
+    async def cancel_parked(
+        self, command_id: str, *, reason: str, operator: str | None, shard: int | None = None
+    ) -> dict[str, Any]:
+        """Cancel a command in troubleshooting for good. With a token its subject is the operator.
 
         Raises:
             RefusedError, GatewayAwayError: as for `retry_parked`.
         """
-        return await self._operate(command_id, "cancel", {"reason": reason, "operator": operator})
+        return await self._operate(command_id, "cancel", shard, {"reason": reason, "operator": operator})
 
     async def requeue(self, **wanted: str | int | None) -> dict[str, int]:
         """Send many commands round again: `requeued`, `refused`, `pending`.
@@ -395,9 +399,11 @@ class Api:
         """
         return _json(_ok(await self._request("POST", "/ops/troubleshooting/requeue", json=wanted)))
 
-    async def _operate(self, command_id: str, what: str, body: dict[str, str | None]) -> dict[str, Any]:
+    async def _operate(
+        self, command_id: str, what: str, shard: int | None, body: dict[str, str | None]
+    ) -> dict[str, Any]:
         path = f"/ops/troubleshooting/{quote(command_id, safe='')}/{what}"
-        response = await self._request("POST", path, json=body)
+        response = await self._request("POST", path, json=body, params={} if shard is None else {"shard": shard})
         if response.status_code == httpx.codes.ACCEPTED:
             raise RefusedError(response.status_code, "PENDING", "no engine has answered yet: look again in a moment")
         return _json(_ok(response))

@@ -37,22 +37,24 @@ def show_parked(
     return _run(work, url=url, token=token)
 
 
-def retry(command_id: str, *, url: str, token: str | None, reason: str | None, operator: str) -> int:
+def retry(command_id: str, *, url: str, token: str | None, reason: str | None, operator: str, shard: int | None) -> int:
     """Send one command round again; the exit code."""
 
     async def work(api: Api) -> int:
-        await api.retry_parked(command_id, reason=reason, operator=operator)
+        await api.retry_parked(command_id, reason=reason, operator=operator, shard=shard)
         print(f"{command_id} is in the intake again; `ops troubleshooting list` shows it if it fails once more")
         return EXIT_OK
 
     return _run(work, url=url, token=token)
 
 
-def cancel(command_id: str, *, url: str, token: str | None, reason: str, operator: str) -> int:
+def cancel(
+    command_id: str, *, url: str, token: str | None, reason: str, operator: str | None, shard: int | None
+) -> int:
     """Cancel one command for good; the exit code."""
 
     async def work(api: Api) -> int:
-        command = await api.cancel_parked(command_id, reason=reason, operator=operator)
+        command = await api.cancel_parked(command_id, reason=reason, operator=operator, shard=shard)
         told = f", and {command['reply_to']} was told" if command.get("reply_to") else ""
         print(f"{command_id} is CANCELED{told}")
         return EXIT_OK
@@ -93,10 +95,11 @@ def _finish(work: Coroutine[Any, Any, T]) -> T:
 def _print_table(commands: list[dict[str, Any]], depth: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH_PIPED)
     if commands:
-        table = Table("command", "type", "first seen", "attempts", "error", box=None, pad_edge=False)
+        table = Table("command", "shard", "type", "first seen", "attempts", "error", box=None, pad_edge=False)
         for command in commands:
             table.add_row(
                 str(command["command_id"]),
+                str(command["shard"]),
                 str(command.get("event_type") or "?"),
                 _moment(command.get("first_seen_at")),
                 str(command.get("attempts", "?")),

@@ -43,11 +43,12 @@ class AuditRoutes:
         shard = shard_of(auction_id, self.shards)
         try:
             found = await self.reader.of_auction(shard, auction_id, after, limit + 1)
+            is_known = found or (after and await self.reader.of_auction(shard, auction_id, 0, 1))
         except ArchiveUnavailableError:
             raise unavailable("the audit archive cannot be read now") from None
         except StoreError:
             raise away() from None
-        if not found and not after and await self.auctions.record(auction_id) is None:
+        if not is_known and await self.auctions.record(auction_id) is None:
             raise unknown_auction(auction_id)
         page = found[:limit]
         return json_response(

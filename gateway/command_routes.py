@@ -21,8 +21,8 @@ from engine.domain.events import Cancel, InputEvent, Pause, Resume
 from engine.store.protocol import StoreError, ViewStore
 from gateway.auth import Principal, Role, Scope, actor_of, party, principal_of, require
 from gateway.bodies import read_body
-from gateway.commands import COMMAND_ID_PREFIX, Commands, shard_in
-from gateway.events import ActorInput, Reason, trace_id_of
+from gateway.commands import COMMAND_ID, Commands, shard_in
+from gateway.events import ActorInput, Reason, SaidReason, trace_id_of
 from gateway.hub import Hub
 from gateway.problems import RETRY_AFTER_S, Problem, ProblemType, unavailable
 from gateway.room import Room
@@ -39,7 +39,7 @@ class CancelBody(BaseModel):
     """`{reason, actor?}`. Whoever brings a token is the actor; without tokens the body may name one."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
-    reason: Reason
+    reason: SaidReason
     actor: ActorInput | None = None
 
 
@@ -189,7 +189,7 @@ def _may_know(principal: Principal, outcome: dict[str, Any]) -> bool:
     whose ids these are, and whoever has the id of a gateway's command, which cannot be guessed."""
     if principal.may(Scope.OPS) or outcome.get("asked_by") == principal.subject:
         return True
-    is_a_gateways = outcome["command_id"].startswith(COMMAND_ID_PREFIX)
+    is_a_gateways = COMMAND_ID.fullmatch(outcome["command_id"]) is not None
     return outcome["outcome"] in {PENDING, PROCESSED} and (is_a_gateways or principal.may(Scope.EVENTS_WRITE))
 
 

@@ -83,6 +83,7 @@ _AUCTION_ID_PATTERN: Final = f"^{AUCTION_ID.pattern}$"
 _ID_PATTERN: Final = "^[!-~]{1,128}$"
 _CURRENCY_PATTERN: Final = "^[A-Z]{3}$"
 TEXT_PATTERN: Final = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
+SAID_PATTERN: Final = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*[^\x00-\x1f\x7f-\x9f\s][^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
 NAME_PATTERN: Final = r"^[^\x00-\x1f\x7f-\x9f]*$"
 
 # Of the regular expressions above, in words.
@@ -91,6 +92,7 @@ _PATTERN_REASONS: Final = {
     _ID_PATTERN: "must be 1-128 printable ASCII characters without spaces",
     _CURRENCY_PATTERN: "must be three letters A-Z (ISO 4217)",
     TEXT_PATTERN: "must not contain control characters other than newline and tab",
+    SAID_PATTERN: "must not be blank, nor contain control characters other than newline and tab",
     NAME_PATTERN: "must not contain control characters",
 }
 _REASONS: Final = {
@@ -177,6 +179,8 @@ Identifier = Annotated[str, Field(pattern=_ID_PATTERN)]
 Currency = Annotated[str, Field(pattern=_CURRENCY_PATTERN)]
 Amount = Annotated[int, Field(ge=0, le=AMOUNT_MINOR_MAX)]
 Reason = Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX, pattern=TEXT_PATTERN)]
+SaidReason = Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX, pattern=SAID_PATTERN)]
+"""One that is asked of whoever calls, and told to others."""
 
 
 class _Input(BaseModel):

@@ -73,7 +73,10 @@ class OfferRoutes:
         auction = record.auction
         now = self.auctions.hub.clock.now_ms()
         until = window_ends_at(auction, self.default_window_minutes)
-        code = self._refusal(principal, record, now)
+        decided = self._decided(record, now)
+        may = party(principal, auction.registered.offer) in MAY_CANCEL
+        code = decided.refusal.code.value if decided.refusal is not None else None
+        code = code if may else ProblemType.NOT_AUTHORIZED.error_code
         return json_response(
             {
                 "offer_id": auction.registered.offer.offer_id,
@@ -81,7 +84,7 @@ class OfferRoutes:
                 "status": auction.status.value,
                 "cancellable": code is None,
                 "error_code": code,
-                "remaining_window_ms": max(0, until - now),
+                "remaining_window_ms": 0 if decided.before.status.is_terminal else max(0, until - now),
                 "window_ends_at": until,
                 "reasons": REASONS,
                 "note_max_chars": NOTE_CHARS_MAX,
@@ -89,12 +92,9 @@ class OfferRoutes:
             }
         )
 
-    def _refusal(self, principal: Principal, record: TimerRecord, now: EpochMs) -> str | None:
-        if party(principal, record.auction.registered.offer) not in MAY_CANCEL:
-            return ProblemType.NOT_AUTHORIZED.error_code
+    def _decided(self, record: TimerRecord, now: EpochMs) -> Decision:
         asked = Withdraw(WithdrawalReason.OTHER, self.default_window_minutes)
-        decided = next(decision for decision in fold(record.auction, asked, now) if _is_answer(decision))
-        return None if decided.refusal is None else decided.refusal.code.value
+        return next(decision for decision in fold(record.auction, asked, now) if _is_answer(decision))
 
     async def cancel(self, request: Request) -> Response:
         """Cancel an offer, and with it its auction."""

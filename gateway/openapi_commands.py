@@ -144,7 +144,7 @@ _PREFLIGHT: Final[dict[str, Any]] = {
         "status": {"type": "string"},
         "cancellable": {"type": "boolean"},
         "error_code": {"type": ["string", "null"], "description": "why not; null if it is cancellable"},
-        "remaining_window_ms": DURATION | {"minimum": 0},
+        "remaining_window_ms": DURATION | {"minimum": 0, "description": "ms; 0 once the auction is over"},
         "window_ends_at": INSTANT,
         "reasons": {"type": "array", "items": {"type": "string"}},
         "note_max_chars": {"type": "integer"},

@@ -17,7 +17,7 @@ from gateway.auth import Principal, Role, Scope, require
 from gateway.bodies import read_body
 from gateway.command_routes import COMMAND_ID_CHARS_MAX, as_command, away, json_response, pending, refuse, trace_id
 from gateway.commands import Commands
-from gateway.events import ACTOR_ID_CHARS_MAX, NAME_PATTERN, Reason
+from gateway.events import ACTOR_ID_CHARS_MAX, NAME_PATTERN, Reason, SaidReason
 from gateway.listing import Place, next_places
 from gateway.problems import Problem, ProblemType
 from gateway.queries import integer_of, invalid, limit_of
@@ -44,7 +44,7 @@ class DiscardBody(BaseModel):
     """`{reason, operator?}`, as above."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
-    reason: Reason
+    reason: SaidReason
     operator: Name | None = None
 
 

@@ -206,6 +206,36 @@ async def test_a_cursor_behind_the_last_record_is_an_empty_page(tmp_path: Path) 
         assert (answer.status_code, answer.json()) == (200, {"records": [], "next_cursor": None})
 
 
+@pytest.mark.requirement("R24")
+async def test_an_auction_that_is_not_there_is_404_wherever_one_begins(tmp_path: Path) -> None:
+    """With a cursor as without one; of a forgotten auction, whose records are there, the end is an empty page."""
+    async with desk(data_dir=tmp_path) as made, archive_of(tmp_path):
+        await made.register()
+        made.memory.shards[0].timers.clear()
+        for query in ({}, {"cursor": "0"}, {"cursor": "1"}, {"cursor": "999"}):
+            unknown = await made.http.get("/auctions/a-9/audit", params=query)
+            assert (unknown.status_code, unknown.json()["error_code"]) == (404, "RESOURCE_NOT_FOUND")
+            assert (await made.http.get("/auctions/a-1/audit", params=query)).status_code == 200
+
+
+@pytest.mark.requirement("R24")
+@pytest.mark.parametrize("cursor", [None, "1", "999"])
+async def test_somebody_elses_audit_takes_the_store_as_long_as_none(tmp_path: Path, cursor: str | None) -> None:
+    """The same calls, as many of them: nothing is to be learned from time, whoever asks without being a party."""
+    async with desk(tokens=True, data_dir=tmp_path) as made, archive_of(tmp_path):
+        await made.register()
+        reads = {"timers", "audit_entries", "outcome", "offers"}
+        for caller in ("stranger", "buyer", "producer"):
+            counts = []
+            for auction_id in ("a-1", "a-9"):
+                made.store.calls.clear()
+                query = {} if cursor is None else {"cursor": cursor}
+                answer = await made.http.get(f"/auctions/{auction_id}/audit", params=query, headers=bearing(caller))
+                assert answer.status_code == 404
+                counts.append({name: count for name, count in made.store.calls.items() if name in reads})
+            assert counts[0] == counts[1] == {"timers": 1}
+
+
 @pytest.mark.requirement("R16")
 @pytest.mark.parametrize("what", ["store", "stream", "archive"])
 async def test_what_cannot_be_read_now_is_503(

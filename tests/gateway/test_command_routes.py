@@ -13,6 +13,7 @@ from engine.domain.instants import EpochMs
 from engine.store.protocol import Draft, StoreUnavailableError
 from gateway import commands as commands_module
 from gateway.command_routes import refuse
+from gateway.events import _PATTERN_REASONS, SAID_PATTERN
 from gateway.problems import Problem, ProblemType
 from tests.fakes.clock import BORN_MS
 from tests.fakes.events import bid, draft, poison, retry
@@ -79,8 +80,11 @@ async def test_a_pause_needs_no_body_and_a_cancellation_needs_a_reason(command: 
     async with desk() as made:
         await made.register()
         assert (await made.http.post(f"/auctions/a-1/{command}")).status_code in {200, 409}
-        answer = await made.http.post("/auctions/a-1/cancel")
-        assert (answer.status_code, answer.json()["error_code"]) == (422, "INVALID_BODY")
+        for body in (None, {"reason": "  "}):
+            answer = await made.http.post("/auctions/a-1/cancel", json=body)
+            assert (answer.status_code, answer.json()["error_code"]) == (422, "INVALID_BODY")
+        assert answer.json()["errors"] == [{"path": "reason", "reason": _PATTERN_REASONS[SAID_PATTERN]}]
+        assert (await ask(made, "cancel", reason=" \nWhy,\tthen? ")).status_code == 200
 
 
 # Who may.
@@ -277,6 +281,13 @@ async def test_what_nobody_keeps_is_told_from_what_waits() -> None:
         await made.memory.append(0, [retry("bid-b-2", "once more")], made.authority.now_ms, "retry-2")
         await made.worker.work()
         assert await told("bid-b-2") == "APPLIED"
+
+
+async def test_an_event_whose_id_looks_like_a_gateways_is_found_in_its_shard() -> None:
+    """Producers choose their ids: what begins alike says nothing about where it is."""
+    async with front(shards=4) as made:
+        await made.memory.append(3, [Draft("cmd-0-abc", b"{}")], made.authority.now_ms, "call")
+        assert (await made.http.get("/commands/cmd-0-abc")).json()["outcome"] == "PENDING"
 
 
 async def test_of_one_id_in_several_shards_what_was_decided_is_told() -> None:

@@ -234,10 +234,13 @@ def test_operators_are_let_in_where_troubleshooting_is_full() -> None:
 @pytest.mark.parametrize(
     ("command_id", "shard"),
     [
-        ("cmd-0-a", 0),
-        ("cmd-7-a-b", 7),
-        ("cmd-007-a", 7),
-        ("cmd-8-a", None),
+        ("cmd-0-" + "0a" * 16, 0),
+        ("cmd-7-" + "f9" * 16, 7),
+        ("cmd-007-" + "f9" * 16, None),
+        ("cmd-8-" + "f9" * 16, None),
+        ("cmd-7-" + "F9" * 16, None),
+        ("cmd-7-" + "f9" * 17, None),
+        ("cmd-0-abc", None),
         ("cmd-0-", None),
         ("cmd-0", None),
         ("cmd--a", None),
@@ -252,5 +255,5 @@ def test_operators_are_let_in_where_troubleshooting_is_full() -> None:
     ],
 )
 def test_a_command_id_tells_its_shard(command_id: str, shard: int | None) -> None:
-    """Only one of a gateway's making, and only a shard that there is."""
+    """Only one of a gateway's making, letter by letter, and only a shard that there is."""
     assert shard_in(command_id, 8) == shard

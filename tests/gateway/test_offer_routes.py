@@ -117,6 +117,24 @@ async def test_an_auction_that_is_over_keeps_its_offer() -> None:
         assert answer.json()["current_status"] == "ENDED"
 
 
+@pytest.mark.requirement("R20", "R22")
+@pytest.mark.parametrize("by", ["its cancellation", "its end", "an end that is not written yet"])
+async def test_what_is_over_has_no_window_any_more(by: str) -> None:
+    """Nobody counts down to something that cannot be done, whoever looks; when the window would have closed is still told."""
+    async with desk(tokens=True, answering=by == "its cancellation") as made:
+        await made.register(ends_at=BORN_MS + 1_000)
+        if by == "its cancellation":
+            assert (await cancel(made, caller="buyer")).status_code == 200
+        else:
+            made.line.advance(1_000)
+        if by == "its end":
+            await made.worker.work()
+        for caller in ("buyer", "owner"):
+            view = (await ahead(made, caller=caller)).json()
+            assert (view["cancellable"], view["remaining_window_ms"]) == (False, 0)
+            assert view["window_ends_at"] == WINDOW_ENDS_AT
+
+
 @pytest.mark.requirement("R20", "R24")
 @pytest.mark.parametrize("caller", CALLERS)
 async def test_who_may_cancel_an_offer(caller: str) -> None:

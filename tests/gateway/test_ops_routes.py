@@ -281,7 +281,9 @@ async def test_a_command_is_found_whatever_its_id_looks_like(command_id: str) ->
 
 
 @pytest.mark.requirement("R30")
-@pytest.mark.parametrize("body", [{}, {"reason": ""}, {"reason": 7}, {"reason": "why", "operator": ""}])
+@pytest.mark.parametrize(
+    "body", [{}, {"reason": ""}, {"reason": " \t\n\u2003"}, {"reason": 7}, {"reason": "why", "operator": ""}]
+)
 async def test_a_cancellation_needs_a_reason(body: dict[str, Any]) -> None:
     """422 before anything is looked up."""
     async with desk() as made:

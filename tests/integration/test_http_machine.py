@@ -271,8 +271,8 @@ class HttpMachine(RuleBasedStateMachine):
             expected = own(fold(model.auction, asked, view["server_time"]))
             code = None if expected.refusal is None else expected.refusal.code.value
             assert (view["cancellable"], view["error_code"]) == (code is None, code)
-            until_ms = window_ends_at(model.auction, WINDOW_MINUTES)
-            assert view["remaining_window_ms"] == max(0, until_ms - view["server_time"])
+            left_ms = window_ends_at(model.auction, WINDOW_MINUTES) - view["server_time"]
+            assert view["remaining_window_ms"] == (0 if expected.before.status.is_terminal else max(0, left_ms))
         else:
             assert ahead.status_code == 404
         answer = self.stack.http.put(

@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import pytest
 
+from engine.contract.keys import shard_of
 from tests.live import SCRIPT, LiveStack, until
 
 pytestmark = pytest.mark.integration
@@ -37,6 +38,8 @@ def test_a_command_is_listed_and_cancelled(live_stack: LiveStack) -> None:
     assert "in troubleshooting" in shown.stdout
     without = ops(live_stack, "cancel", event_id, "--operator", "jane@example.com")
     assert (without.returncode, "--reason" in without.stderr) == (2, True)
+    nobody = ops(live_stack, "cancel", event_id, "--reason", "a test bid")
+    assert (nobody.returncode, "--operator" in nobody.stderr) == (2, True)
     done = ops(live_stack, "cancel", event_id, "--reason", "a test bid", "--operator", "jane@example.com")
     assert (done.returncode, done.stdout) == (0, f"{event_id} is CANCELED, and {reply_to} was told\n")
     (_, fields) = live_stack.redis("XRANGE", f"auction:replies:{reply_to}", "-", "+")[-1]
@@ -77,6 +80,30 @@ def started(auction_id: str, stack: LiveStack) -> dict[str, object]:
     now = int(stack.redis("TIME")[0]) * 1_000
     detail = {"auction_id": auction_id, "starts_at": now - 1_000, "ends_at": now + 3_600_000}
     return {"id": f"s-{auction_id}", "detail-type": "offers.auction.started", "source": "test", "detail": detail}
+
+
+@pytest.mark.requirement("R30")
+def test_of_commands_of_one_id_each_is_reached_by_its_shard(live_stack: LiveStack) -> None:
+    """`list` shows the shards, and without one of them an operator is asked for it."""
+    event_id = f"e-{uuid4().hex}"
+    auction_ids = [
+        next(name for name in iter(lambda: f"a-{uuid4().hex}", "") if shard_of(name, 8) == n) for n in (2, 5)
+    ]
+    for auction_id in auction_ids:
+        detail = {"auction_id": auction_id, "bid_id": "b-1"}
+        live_stack.post({"id": event_id, "detail-type": "auctions.bid.accepted", "source": "test", "detail": detail})
+
+    def shards() -> list[int]:
+        lines = ops(live_stack, "list", "--json", "--limit", "10000").stdout.splitlines()
+        return sorted(each["shard"] for each in map(json.loads, lines) if each["command_id"] == event_id)
+
+    until(lambda: shards() == [2, 5], "both bids are in troubleshooting")
+    why = ("--reason", "a test bid", "--operator", "jane@example.com")
+    asked = ops(live_stack, "cancel", event_id, *why)
+    assert (asked.returncode, "2, 5" in asked.stderr) == (1, True)
+    assert ops(live_stack, "cancel", event_id, *why, "--shard", "5").returncode == 0
+    assert shards() == [2]
+    assert ops(live_stack, "cancel", event_id, *why).returncode == 0
 
 
 def test_an_unknown_command_and_a_missing_gateway_are_said_plainly(live_stack: LiveStack) -> None:
