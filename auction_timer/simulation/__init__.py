@@ -7,5 +7,6 @@ workload          auctions of every policy, storms near their deadlines, repetit
 faults            what goes wrong when
 witness           what truly happened, whoever knows of it
 checkers          judge the outcome; they share no code with the workload, nor with what they judge beyond the domain
-run, report       all of it from one seed, and the table at its end
+run               all of it from one seed
+seeds, report     many seeds on all cores, and what is said of them
 """

@@ -115,6 +115,8 @@ class Outcome:
     counts: dict[str, int]
     faults: dict[str, int]
     violations: dict[str, list[str]] = field(default_factory=dict)
+    cpu_s: float = field(default=0.0, compare=False)
+    """What it has cost, where somebody has measured it."""
 
     @property
     def is_good(self) -> bool:
