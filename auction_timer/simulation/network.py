@@ -437,9 +437,9 @@ class Link:
         """See `ViewStore`."""
         return await self._call("last_update", lambda: at_once(self._store.last_update(shard)))
 
-    async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
+    async def recent_updates(self, shard: int, count: int, upto: str | None = None) -> list[UpdateEntry]:
         """See `ViewStore`."""
-        return await self._call("recent_updates", lambda: at_once(self._store.recent_updates(shard, count)))
+        return await self._call("recent_updates", lambda: at_once(self._store.recent_updates(shard, count, upto)))
 
     async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
         """See `ViewStore`."""

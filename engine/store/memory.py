@@ -445,11 +445,13 @@ class MemoryStore:
 
     async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
         updates = self.shards[shard].updates
-        at = bisect_left(updates, stream_order(entry.stream_id), key=lambda update: stream_order(update.stream_id))
+        at = bisect_left(updates, stream_order(entry.stream_id), key=_order)
         return updates[at : at + 1] == [entry]
 
-    async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
-        return self.shards[shard].updates[-count:]
+    async def recent_updates(self, shard: int, count: int, upto: str | None = None) -> list[UpdateEntry]:
+        updates = self.shards[shard].updates
+        end = len(updates) if upto is None else bisect_right(updates, stream_order(upto), key=_order)
+        return updates[max(0, end - count) : end]
 
     async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
         def behind() -> dict[int, list[UpdateEntry]]:
@@ -496,8 +498,12 @@ def _behind(entries: list[E], since: str, count: int) -> list[E]:
     place = stream_order(since)
     if not entries or stream_order(entries[-1].stream_id) <= place:
         return []  # what a reader who waits finds nearly every time
-    start = bisect_right(entries, place, key=lambda entry: stream_order(entry.stream_id))
+    start = bisect_right(entries, place, key=_order)
     return entries[start : start + count]
+
+
+def _order(entry: Entry | UpdateEntry | ReplyEntry) -> tuple[int, int]:
+    return stream_order(entry.stream_id)
 
 
 def _audit_id(record: Mapping[str, str]) -> str:

@@ -696,8 +696,8 @@ class ViewStore(Protocol):
         """The stream id of the last entry of the event lane."""
         ...
 
-    async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
-        """The last `count` entries of the event lane, in order; fewer only if there are no more."""
+    async def recent_updates(self, shard: int, count: int, upto: str | None = None) -> list[UpdateEntry]:
+        """The last `count` entries of the event lane, or of it up to a stream id, in order; fewer if there are no more."""
         ...
 
     async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:

@@ -458,8 +458,8 @@ class RedisStore:
         )
         return [update_entry(stream_id, values) for stream_id, values in rows] == [entry]
 
-    async def recent_updates(self, shard: int, count: int) -> list[UpdateEntry]:
-        answer = await self._read("XREVRANGE", self._keys(shard).updates, "+", "-", "COUNT", count)
+    async def recent_updates(self, shard: int, count: int, upto: str | None = None) -> list[UpdateEntry]:
+        answer = await self._read("XREVRANGE", self._keys(shard).updates, upto or "+", "-", "COUNT", count)
         return [update_entry(stream_id, values) for stream_id, values in reversed(answer)]
 
     async def lease(self, shard: int) -> Lease:

@@ -524,6 +524,19 @@ async def test_the_recent_updates_are_the_last_ones_in_order(bench: Bench) -> No
     assert await bench.store.recent_updates(1, 3) == []
 
 
+async def test_the_updates_up_to_a_place_are_the_last_ones_before_it(bench: Bench) -> None:
+    """The entry of that id itself comes last; an id that no entry has is a place between two all the same."""
+    await commit(bench, *[Announce("timer.extended", f"a-{n}", n, b"{}") for n in range(4)])
+    lane = (await bench.store.read_updates({0: START}, 10, 0))[0]
+    for at, entry in enumerate(lane):
+        assert await bench.store.recent_updates(0, 2, upto=entry.stream_id) == lane[max(0, at - 1) : at + 1]
+    ms, _, seq = lane[-1].stream_id.partition("-")
+    assert await bench.store.recent_updates(0, 1, upto=f"{ms}-{int(seq) + 7}") == lane[-1:]
+    assert await bench.store.recent_updates(0, 10, upto=f"{int(ms) + 1}-0") == lane
+    assert await bench.store.recent_updates(0, 10, upto=START) == []
+    assert await bench.store.recent_updates(1, 10, upto=lane[-1].stream_id) == []
+
+
 async def test_a_waiting_reader_of_updates_is_woken(bench: Bench) -> None:
     """A commit that announces something ends the wait of a reader of that shard; without one it ends by itself."""
     reading = asyncio.create_task(bench.store.read_updates({0: START}, 10, 1_000))
