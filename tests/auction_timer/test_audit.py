@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -27,8 +27,10 @@ from engine.store.audit_reader import AuditReader
 from engine.store.protocol import AuditEntry
 from reconciler.archiver import Archiver
 from reconciler.metrics import ReconcilerMetrics
+from tests.engine.store.archives import PostgresqlDatabase, postgresql_database
 from tests.engine.store.audit_records import T0, fields, head_of, linked, records
 from tests.live import DEADLINE_S, SCRIPT
+from tests.postgresql import PostgreSQL
 from tests.reconciler.streams import SHARDS, Streams
 from tests.servers import Server
 
@@ -42,11 +44,11 @@ WRITTEN = 45
 class Log:
     """Shard 0 of an audit log: 40 records archived, ten of them still in the stream, and five more only there."""
 
-    def __init__(self, server: Server, directory: Path) -> None:
+    def __init__(self, server: Server, directory: Path, url: str | None = None) -> None:
         self.streams = Streams(server)
         self.directory = directory
         self.path = directory / "audit.sqlite3"
-        self.archive = AuditArchive(f"sqlite+aiosqlite:///{self.path}")
+        self.archive = AuditArchive(url or f"sqlite+aiosqlite:///{self.path}")
         self.reader = AuditReader(self.streams.store, self.archive)
         self.written: list[AuditEntry] = []
 
@@ -312,6 +314,54 @@ def test_what_is_no_instant_is_refused(text: str) -> None:
     """Without an offset it is not known which instant is meant; nothing is guessed."""
     with pytest.raises(ValueError, match=r"no instant|time zone|between"):
         read_instant(text)
+
+
+# --- on PostgreSQL ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database(postgresql_server: PostgreSQL) -> Iterator[PostgresqlDatabase]:
+    with postgresql_database(postgresql_server) as made:
+        yield made
+
+
+@pytest.fixture
+async def kept(valkey_server: Server, database: PostgresqlDatabase, tmp_path: Path) -> AsyncIterator[Log]:
+    """The same log, archived in PostgreSQL."""
+    made = Log(valkey_server, tmp_path, database.url)
+    try:
+        await made.fill()
+        yield made
+    finally:
+        await made.archive.close()
+        await made.streams.close()
+
+
+@pytest.mark.requirement("R3")
+async def test_a_log_in_postgresql_is_exported_as_it_was_written(kept: Log) -> None:
+    """Archive and stream together, in order: the very strings that the hashes are over."""
+    lines = [json.loads(line)["record"] for line in (await exported(kept)).splitlines()]
+    assert lines == [entry.fields for entry in kept.written]
+    some = (await exported(kept, selection=Selection("lot-1", EpochMs(T0 + 20), EpochMs(T0 + 44)))).splitlines()
+    assert [json.loads(line)["record"]["seq"] for line in some] == [str(seq) for seq in range(22, 44, 3)]
+
+
+@pytest.mark.requirement("R3")
+def test_the_commands_read_postgresql(
+    kept: Log, database: PostgresqlDatabase, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whole, exported, and broken by one byte in one column: what is said is what is said of a file."""
+    settings = kept.settings(audit_url=database.url)
+    assert audit.verify(settings) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == f"whole: 2 shards, {WRITTEN} records"
+    path = kept.directory / "out.jsonl"
+    assert audit.export(settings, form="jsonl", auction_id="lot-2", since=None, until=None, output=path) == 0
+    assert len(path.read_text().splitlines()) == WRITTEN // 3
+    database.sql("UPDATE auction_audit_log SET actor_id = 'x' WHERE seq = 17")
+    database.sql(f"UPDATE auction_audit_log SET stream_id = '{T0 + 38}-1' WHERE seq = 38")
+    assert audit.verify(settings) == 1
+    broken = "broken: shard 0, seq 17, auction lot-2: hash is not the hash of its content (and 1 more)"
+    assert broken in capfd.readouterr().out.splitlines()
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

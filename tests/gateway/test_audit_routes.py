@@ -12,7 +12,9 @@ from engine.contract.audit import record_hash, verify
 from engine.contract.cursors import START
 from engine.store.archive import ArchiveUnavailableError, AuditArchive
 from engine.store.protocol import AuditEntry, StoreUnavailableError
+from tests.engine.store.archives import postgresql_database
 from tests.gateway.desk import CALLERS, Desk, bearing, desk, without_ids
+from tests.postgresql import PostgreSQL
 
 
 @asynccontextmanager
@@ -82,6 +84,27 @@ async def test_pages_cover_an_auction_once_wherever_its_records_lie(tmp_path: Pa
         assert all((record["shard"], record["auction_id"]) == (0, "a-1") for record in records)
         assert records[-1]["details"] == {"reason": "Größe \N{WARNING SIGN}"}
         assert records[0]["prev_status"] is None
+
+
+@pytest.mark.integration
+@pytest.mark.requirement("R3", "R26", "R34")
+@pytest.mark.parametrize("limit", [2, 500])
+async def test_pages_are_the_same_out_of_postgresql(postgresql_server: PostgreSQL, limit: int) -> None:
+    """Records of archive and stream, and the 404 of an auction that has none."""
+    with postgresql_database(postgresql_server) as database:
+        archive = AuditArchive(database.url)
+        await archive.create()
+        try:
+            async with desk(audit_url=database.url) as made:
+                await busy(made)
+                whole = await pages(made, 500)
+                await move(made, archive, keep=4)
+                assert await pages(made, limit) == whole
+                assert len(whole) == 9
+                unknown = await made.http.get("/auctions/a-9/audit")
+                assert unknown.status_code == 404
+        finally:
+            await archive.close()
 
 
 @pytest.mark.requirement("B7")
