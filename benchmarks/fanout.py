@@ -24,7 +24,7 @@ from benchmarks.fanout_servers import KINDS
 from benchmarks.harness import Bench, bench, report
 from benchmarks.machine import cpu_ns, on_client_core, rss_bytes
 from engine.contract.keys import ShardKeys
-from engine.contract.timers import TimerRecord, heartbeat_line, tick_line, to_fields
+from engine.contract.timers import TimerRecord, heartbeat_line, sealed, tick_line
 from engine.domain.auction import Auction, Registration
 from engine.domain.events import Register
 from engine.domain.fold import fold
@@ -75,7 +75,7 @@ async def _register(made: Bench) -> TimerRecord:
     registration = Registration(AUCTION, EpochMs(now - HOUR_MS), EpochMs(now + 24 * HOUR_MS))
     auction = fold(Auction(AUCTION), Register(registration), now)[-1].after
     record = TimerRecord(auction, f"{0xAF7651916CD43DD8448EB211C80319C:032x}", f"req-{1:032x}")
-    fields = [part for pair in to_fields(record).items() for part in pair]
+    fields = [part for pair in sealed(record).items() for part in pair]
     await made.link.commands.execute_command("HSET", ShardKeys.of(0).timer(AUCTION), *fields)
     return record
 

@@ -22,7 +22,7 @@ from benchmarks.machine import rss_bytes
 from engine.app import Engine
 from engine.clock import SystemClock
 from engine.contract.keys import ShardKeys, shard_of
-from engine.contract.timers import FIELDS, TimerRecord, to_fields
+from engine.contract.timers import FIELDS, TimerRecord, sealed
 from engine.domain.auction import Auction, Registration
 from engine.domain.events import Register
 from engine.domain.fold import fold
@@ -73,7 +73,7 @@ async def _fill(made: Bench, timers: int) -> None:
         registration = Registration(auction_id, EpochMs(now - HOUR_MS), EpochMs(now + 24 * HOUR_MS + number))
         auction = fold(Auction(auction_id), Register(registration), now)[-1].after
         record = TimerRecord(auction, f"{number:032x}", f"req-{number:032x}")
-        pipe.execute_command("HSET", keys.timer(auction_id), *_flat(to_fields(record)))
+        pipe.execute_command("HSET", keys.timer(auction_id), *_flat(sealed(record)))
         pipe.execute_command("ZADD", keys.deadlines, auction.ends_at, auction_id)
         if number % 1_000 == 999:
             await pipe.execute()

@@ -8,7 +8,7 @@ was changed afterwards, by a hand or by a fault. Where the log cannot be read, t
     sorted set                  fold of the log                     ENTRY_*, SCORE_WRONG, CLOSED_IN_DEADLINES
     last tick on the wire       fold of the log, at its version     TICK_DIFFERS
     the engine's own view       digest of what is kept              MEMORY_DIFFERS
-    fold of the log             the caps, the clock                 CAP_BREACHED, OVERDUE
+    fold of the log             the caps, the clock                 CAP_BREACHED, CLOSED_EARLY, OVERDUE
     the log                     its own chain, the shard's head     LOG_CONTRADICTED
 """
 
@@ -19,7 +19,7 @@ from typing import Final
 
 from engine.contract.timers import CorruptTimerError, TimerRecord, to_fields
 from engine.domain.fold import next_due
-from engine.domain.instants import EpochMs
+from engine.domain.instants import HOUR_MS, EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.protocol import Group, Standing
 from reconciler.ledger import Told
@@ -28,6 +28,8 @@ DRIFT_MS_MAX: Final = 250
 """Requirement R12: above this, a wrong end is severe."""
 OVERDUE_MS: Final = 3_000
 """An auction that is not closed so long after its end is nobody's work: an engine that was killed is replaced within 2 s."""
+TOLD_FOR_MS: Final = 24 * HOUR_MS
+"""What went wrong with an auction that is over is reported for so long; afterwards the log alone tells it."""
 
 
 class Severity(StrEnum):
@@ -51,6 +53,7 @@ class DriftKind(StrEnum):
     END_PAST_CAP = "end_past_cap"
     CAP_BREACHED = "cap_breached"
     CLOSED_IN_DEADLINES = "closed_in_deadlines"
+    CLOSED_EARLY = "closed_early"
     OVERDUE = "overdue"
     TICK_DIFFERS = "tick_differs"
     LOG_MISSING = "log_missing"
@@ -96,6 +99,8 @@ class Drift:
     ms_moved: int = 0
     severity: Severity = Severity.SEVERE
     evidence: Mapping[str, object] = field(default_factory=dict)
+    is_over: bool = False
+    """Of an auction that is over nothing is changed any more."""
 
 
 def compare(shard: int, views: Views, now: EpochMs) -> list[Drift]:
@@ -112,18 +117,45 @@ def compare(shard: int, views: Views, now: EpochMs) -> list[Drift]:
     return found
 
 
-def _of_log(shard: int, auction_id: str, told: Told, now: EpochMs) -> Iterator[Drift]:
+def judge(shard: int, told: Told, now: EpochMs) -> Iterator[Drift]:
+    """What the log itself says against an auction that is over, if that was lately."""
     auction = told.auction
-    if told.breach is not None and auction.ends_at > told.lawful_ends_at and told.is_live:
+    if max(auction.ended_at or 0, auction.cancelled_at or 0) + TOLD_FOR_MS < now:
+        return
+    yield from _of_caps(shard, told)
+    if told.is_closed_early:
+        assert auction.ended_at is not None
+        yield Drift(
+            DriftKind.CLOSED_EARLY,
+            shard,
+            auction.auction_id,
+            str(auction.ended_at),
+            str(auction.ends_at),
+            auction.ends_at - auction.ended_at,
+            evidence={"record": told.seq, "version": auction.version},
+            is_over=True,
+        )
+
+
+def _of_caps(shard: int, told: Told) -> Iterator[Drift]:
+    ends_at, lawful = told.auction.ends_at, told.lawful_ends_at
+    if told.breach is not None and ends_at > lawful:
         yield Drift(
             DriftKind.CAP_BREACHED,
             shard,
-            auction_id,
-            str(auction.ends_at),
-            str(told.lawful_ends_at),
-            told.lawful_ends_at - auction.ends_at,
+            told.auction.auction_id,
+            str(ends_at),
+            str(lawful),
+            lawful - ends_at,
             evidence={"breach": told.breach},
+            is_over=not told.is_live,
         )
+
+
+def _of_log(shard: int, auction_id: str, told: Told, now: EpochMs) -> Iterator[Drift]:
+    auction = told.auction
+    if told.is_live:
+        yield from _of_caps(shard, told)
     due = next_due(auction)
     if due is not None and due[0] + OVERDUE_MS < now:
         yield Drift(
@@ -231,5 +263,9 @@ def _without_log(shard: int, views: Views) -> Iterator[Drift]:
         yield Drift(DriftKind.HASH_UNREADABLE, shard, views.auction_id, "", "", evidence={"error": str(record)})
     elif views.log_whole:
         yield Drift(DriftKind.LOG_MISSING, shard, views.auction_id, shown, str(record.auction.ends_at))
+    elif not views.standing.sealed:
+        # What it should say nobody knows but an engine that has held it since before it was changed.
+        found = str(record.auction.ends_at)
+        yield Drift(DriftKind.HASH_CHANGED, shard, views.auction_id, found, "", evidence={"sealed": False})
     else:
         yield from _of_place(shard, views.auction_id, record, scores)

@@ -53,10 +53,16 @@ class Told:
         return status.is_public and not status.is_terminal
 
     @property
+    def is_closed_early(self) -> bool:
+        """Whether it was closed before the end that the log had."""
+        ended_at = self.auction.ended_at
+        return ended_at is not None and ended_at < self.auction.ends_at
+
+    @property
     def lawful(self) -> TimerRecord:
-        """What must stand: what the log says, with the end clipped to the caps."""
+        """What must stand: what the log says, with the end clipped to the caps while the auction lasts."""
         auction = self.auction
-        if auction.ends_at <= self.lawful_ends_at:
+        if auction.ends_at <= self.lawful_ends_at or not self.is_live:
             return self.record
         return replace(self.record, auction=replace(auction, ends_at=self.lawful_ends_at, clipped_by=Cap.TOTAL))
 

@@ -19,7 +19,7 @@ from engine.contract.timers import mark
 from engine.lease import LeaseKeeper
 from engine.store.archive import ArchiveUnavailableError, AuditArchive
 from engine.store.protocol import IntakeFullError, LeaseStore, ReconcilerStore, StoreUnavailableError
-from reconciler.drift import Drift, DriftKind, Views, compare
+from reconciler.drift import Drift, DriftKind, Views, compare, judge
 from reconciler.metrics import ReconcilerMetrics
 from reconciler.observations import Beat, LogMovedBackError, ShardEye, Trust, Wire
 from reconciler.repairs import Plan, Repair, plan
@@ -201,6 +201,8 @@ class Reconciler:
                         digest ^= mark(views.told.auction)
                     self._metrics.drift_ms.observe(max((abs(drift.ms_moved) for drift in found), default=0))
         report.auctions += seen
+        for told in eye.ledger.suspect.values():
+            drifts += judge(eye.shard, told, self._clock.now_ms())
         if eye.ledger.broken is not None:
             drifts.append(_contradicted(eye.shard, eye.ledger.broken))
         drifts += await self._of_engine(eye.shard)

@@ -38,6 +38,8 @@ TICKS_MAX: Final = 1_000_000
 """Auctions whose last tick is remembered, about 400 bytes each; beyond, those heard longest ago are forgotten."""
 OVER_KEPT: Final = 4_096
 """Auctions per shard that are over and remembered, so that one left among the deadlines is known."""
+SUSPECT_KEPT: Final = 1_000
+"""Auctions per shard that are over and of which the log tells something unlawful."""
 UNKNOWN_KEPT: Final = 10_000
 """Ids per shard of which the archive knows nothing either, so that it need not be asked in every pass."""
 LISTEN_AGAIN_S: Final = 0.5
@@ -69,6 +71,8 @@ class Ledger:
         """The number from which on every record links to the last one."""
         self.told: dict[str, Told] = {}
         self._over: OrderedDict[str, Told] = OrderedDict()
+        self.suspect: dict[str, Told] = {}
+        """Auctions that are over, closed early or past a cap by their own log."""
         self._after = START
         self._ahead: deque[AuditEntry] = deque()
         self._unknown: set[str] = set()
@@ -143,8 +147,8 @@ class Ledger:
         self.whole, self._links_from = False, seq + 1
         self.chain = ChainHead(seq, fields.get("hash", ""))
         self.broken = f"record {seq}: {reason}"
-        self.told.clear()
-        self._over.clear()
+        for known in (self.told, self._over, self.suspect):
+            known.clear()
 
     def _fold(self, fields: Mapping[str, str]) -> None:
         self.chain = ChainHead(int(fields["seq"]), fields["hash"])
@@ -165,12 +169,15 @@ class Ledger:
     def _keep(self, auction_id: str, told: Told | None) -> None:
         self.told.pop(auction_id, None)
         self._over.pop(auction_id, None)
+        self.suspect.pop(auction_id, None)
         if told is not None and told.is_live:
             self.told[auction_id] = told
         elif told is not None:
             self._over[auction_id] = told
             if len(self._over) > OVER_KEPT:
                 self._over.popitem(last=False)
+            if (told.breach is not None or told.is_closed_early) and len(self.suspect) < SUSPECT_KEPT:
+                self.suspect[auction_id] = told
 
     async def look_up(self, auction_id: str) -> Told | None:
         """What the log says of an auction that is over for so long that it was forgotten here."""

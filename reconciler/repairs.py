@@ -20,6 +20,7 @@ RECONCILER: Final = Actor("system", "reconciler")
 
 REPORTED_ONLY: Final = frozenset(
     {
+        DriftKind.CLOSED_EARLY,
         DriftKind.OVERDUE,
         DriftKind.LOG_MISSING,
         DriftKind.LOG_CONTRADICTED,
@@ -64,15 +65,19 @@ def plan(drifts: Sequence[Drift], views: Mapping[str, Views], repairs_max: int) 
     """
     by_auction: dict[str, list[Drift]] = {}
     for drift in drifts:
-        if drift.kind not in REPORTED_ONLY:
+        if not _is_reported(drift):
             by_auction.setdefault(drift.auction_id, []).append(drift)
     ordered = sorted(by_auction.values(), key=lambda found: min(drift.severity != "severe" for drift in found))
     repairs = tuple(_repair(found, views[found[0].auction_id]) for found in ordered[:repairs_max])
     return Plan(
         repairs,
         tuple(drift for found in ordered[repairs_max:] for drift in found),
-        tuple(drift for drift in drifts if drift.kind in REPORTED_ONLY),
+        tuple(drift for drift in drifts if _is_reported(drift)),
     )
+
+
+def _is_reported(drift: Drift) -> bool:
+    return drift.is_over or drift.kind in REPORTED_ONLY
 
 
 def _repair(drifts: Sequence[Drift], views: Views) -> Repair:

@@ -80,6 +80,11 @@ def to_fields(record: TimerRecord) -> dict[str, str]:
     }
 
 
+def sealed(record: TimerRecord) -> dict[str, str]:
+    """All fields of the hash, as a commit writes a timer whole."""
+    return to_fields(record) | {"checksum": checksum(record.auction)}
+
+
 def _sealed_fields(auction: Auction) -> dict[str, str]:
     registration = auction.registration
     return moving_fields(auction) | {
@@ -117,9 +122,13 @@ def checksum(auction: Auction) -> str:
 
 
 def is_sealed(row: Sequence[bytes | None]) -> bool:
-    """Whether a row of `FIELDS` has the checksum of its values. A timer without one was written by a version that had none,
-    and is taken at its word."""
-    return row[-1] is None or row[-1].decode(errors="replace") == _crc([value or b"" for value in row[: len(SEALED)]])
+    """Whether a row of `FIELDS` has the checksum of its values, or is no timer at all.
+
+    Every commit writes one: where there is none, somebody has taken it away.
+    """
+    if row[-1] is None:
+        return all(value is None for value in row)
+    return row[-1].decode(errors="replace") == _crc([value or b"" for value in row[: len(SEALED)]])
 
 
 def _crc(values: list[bytes]) -> str:

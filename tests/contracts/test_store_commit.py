@@ -9,7 +9,7 @@ import pytest
 
 from engine.contract.audit import ChainHead, chained
 from engine.contract.cursors import START
-from engine.contract.timers import TimerRecord, to_fields
+from engine.contract.timers import TimerRecord, checksum, sealed
 from engine.domain.instants import EpochMs
 from engine.store.protocol import (
     Announce,
@@ -58,7 +58,7 @@ def record(auction_id: str, version: int = 3) -> TimerRecord:
 
 def put(auction_id: str, version: int = 3) -> PutTimer:
     """Write that auction."""
-    return PutTimer(auction_id, to_fields(record(auction_id, version)))
+    return PutTimer(auction_id, sealed(record(auction_id, version)))
 
 
 async def claimed(bench: Bench, shard: int = 0) -> int:
@@ -151,9 +151,11 @@ async def test_a_batch_without_operations_moves_the_cursor(bench: Bench) -> None
 async def test_a_timer_is_written_field_by_field(bench: Bench) -> None:
     """Fields that a later operation names are replaced, the others stay as they were."""
     await commit(bench, put("a", version=1))
-    await commit(bench, PutTimer("a", {"version": "2", "reason": "späť \n\x00"}), versions={"a": 1})
+    after = replace(record("a", 2).auction, reason="späť \n\x00")
+    changed = {"version": "2", "reason": "späť \n\x00", "checksum": checksum(after)}
+    await commit(bench, PutTimer("a", changed), versions={"a": 1})
     (timer,) = await bench.store.timers(0, ["a"])
-    assert timer.auction == replace(record("a", 2).auction, reason="späť \n\x00")
+    assert timer.auction == after
 
 
 async def test_operations_happen_in_their_order(bench: Bench) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from engine.clock import AuctionClock, MonotonicNs
 from engine.contract.cursors import START
 from engine.contract.keys import shard_of
-from engine.contract.timers import TimerRecord, timer, to_fields
+from engine.contract.timers import TimerRecord, sealed, timer
 from engine.domain.auction import Auction, Registration
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
@@ -123,7 +123,7 @@ class House:
         """The store holds this auction now."""
         auction = record.auction
         memory = self.memory.shards[shard_of(auction.auction_id, self.shards)]
-        memory.timers[auction.auction_id] = to_fields(record)
+        memory.timers[auction.auction_id] = sealed(record)
         for members in memory.groups.values():
             members.pop(auction.auction_id, None)
         if auction.status.is_public:
@@ -207,6 +207,6 @@ def payload(frame: bytes) -> bytes:
     return frame[4:] if frame[1] == 126 else frame[10:]
 
 
-def told(frames: Sequence[bytes | Frame]) -> list[dict[str, Any]]:
+def told(frames: Iterable[bytes | Frame]) -> list[dict[str, Any]]:
     """Text frames as the objects they carry."""
     return [orjson.loads(payload(frame.socket if isinstance(frame, Frame) else frame)) for frame in frames]

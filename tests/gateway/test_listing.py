@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.contract.keys import shard_of
-from engine.contract.timers import to_fields
+from engine.contract.timers import sealed
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.memory import MemoryStore
@@ -32,7 +32,7 @@ def stored(auctions: list[Auction], shards: int) -> MemoryStore:
         changes: dict[str, Any] = {}
         if status is Status.PAUSED:
             changes = {"paused_at": EpochMs(BORN_MS + offset), "paused_from": Status.ACTIVE}
-        memory.timers[auction_id] = to_fields(record(auction_id, status=status, ends_at=at, **changes))
+        memory.timers[auction_id] = sealed(record(auction_id, status=status, ends_at=at, **changes))
         memory.groups[GROUPS.get(status, Group.LIVE)][auction_id] = at
     return store
 
@@ -146,7 +146,7 @@ async def test_what_cannot_be_shown_is_passed_over() -> None:
     memory = store.shards[0]
     memory.timers["n-1"]["version"] = "nonsense"
     del memory.timers["n-3"]
-    memory.timers["n-5"] = to_fields(record("n-5", status=Status.TOMBSTONE))
+    memory.timers["n-5"] = sealed(record("n-5", status=Status.TOMBSTONE))
     names, _ = await paged(store, 1, None, None, 2)
     assert names == ["n-0", "n-2", "n-4", "n-6", "n-7"]
 

@@ -20,7 +20,7 @@ from websockets.http11 import Response
 from websockets.uri import parse_uri
 
 from engine.clock import SystemClock
-from engine.contract.timers import to_fields
+from engine.contract.timers import sealed
 from engine.settings import Settings
 from engine.store.memory import MemoryStore
 from engine.store.redis import RedisStore
@@ -297,7 +297,7 @@ async def test_a_real_gateway_serves_and_drains(valkey_server: Server) -> None:
     """`serve` on a real store: a socket gets its snapshot, SIGTERM says 1001 and when to come back, and `serve` returns."""
     settings = Settings(_env_file=None, redis_url=valkey_server.url, shards=1)
     valkey_server.ask(
-        "HSET", f"auction:timer:{{0}}:{AUCTION}", *(part for pair in to_fields(record()).items() for part in pair)
+        "HSET", f"auction:timer:{{0}}:{AUCTION}", *(part for pair in sealed(record()).items() for part in pair)
     )
     listener = listening()
     port = listener.getsockname()[1]

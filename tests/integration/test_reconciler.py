@@ -129,8 +129,12 @@ def test_damage_is_found_repaired_and_told(stack: LiveStack, auction: str, kind:
 
 
 @pytest.mark.requirement("B1")
-def test_an_edited_end_that_an_engine_loads_closes_nothing(stack: LiveStack) -> None:
-    """Hash and sorted set say that it is over, and the engine is new: it holds the auction until a pass has restored it."""
+@pytest.mark.parametrize("unsealed", [False, True], ids=["edited", "edited-and-unsealed"])
+def test_an_edited_end_that_an_engine_loads_closes_nothing(stack: LiveStack, unsealed: bool) -> None:
+    """Hash and sorted set say that it is over, and the engine is new: it holds the auction until a pass has restored it.
+
+    Also where whoever edited the hash took its checksum away.
+    """
     auction_id, now = fresh_id(), now_of(stack)
     stack.post(started(auction_id, now, now + 300_000, **WINDOW))
     before = stack.until_status(auction_id, "CLOSING")
@@ -141,6 +145,8 @@ def test_an_edited_end_that_an_engine_loads_closes_nothing(stack: LiveStack) -> 
         (engine,) = stack.pids("engine")
         os.kill(engine, signal.SIGSTOP)
         stack.redis("HSET", names.timer(auction_id), "ends_at", now_of(stack) - 1_000)
+        if unsealed:
+            stack.redis("HDEL", names.timer(auction_id), "checksum")
         stack.redis("ZADD", names.deadlines, now_of(stack) - 1_000, auction_id)
         os.kill(engine, signal.SIGKILL)
         until(lambda: f"timer {auction_id!r}" in stack.logged(), "the next engine has found it")

@@ -9,8 +9,8 @@ import orjson
 import pytest
 from prometheus_client import CollectorRegistry
 
-from engine.contract.timers import heartbeat_line, tick_line
-from engine.domain.instants import EpochMs
+from engine.contract.timers import checksum, heartbeat_line, tick_line
+from engine.domain.instants import HOUR_MS, EpochMs
 from engine.store.archive import AuditArchive
 from engine.store.protocol import Group, Lease
 from reconciler.loop import Limits, Reconciler, Report
@@ -163,14 +163,47 @@ async def test_a_checksum_alone_that_is_wrong_is_found(rig: Rig) -> None:
     assert kinds(await rig.look()) == []
 
 
-async def test_a_hash_of_a_version_without_checksums_is_believed_until_the_next_pass(rig: Rig) -> None:
-    """What it believes is older than, or as old as, the log, and the log wins."""
+@pytest.mark.requirement("B1")
+async def test_an_edited_hash_whose_checksum_was_taken_away_closes_nothing(rig: Rig) -> None:
+    """Values without a checksum are none of a commit: they are held, however plausible, and the log is restored."""
     rig.fields("active")["ends_at"] = str(at(900))
+    rig.deadlines()["active"] = at(900)
     del rig.fields("active")["checksum"]
     rig.worker = await Worker(rig.world, name="worker-2").begin()
-    assert rig.worker.shard.live["active"].auction.ends_at == at(900)
-    assert kinds(await rig.mend()) == [("hash_changed", "active", "requested")]
+    assert "active" not in rig.worker.shard.live
+    rig.world.line.advance(1_000_000)
+    await rig.worker.work()
+    assert ("hash_changed", "active", "requested") in kinds(await rig.mend())
+    assert "auction_timer_ended" not in rig.world.facts("active")
     assert rig.worker.shard.live["active"].auction.ends_at == at(3_000)
+
+
+async def test_a_checksum_alone_that_is_gone_is_written_anew(rig: Rig) -> None:
+    """Nothing else is wrong, and an engine that loads it would hold it all the same."""
+    del rig.fields("active")["checksum"]
+    assert kinds(await rig.mend()) == [("hash_changed", "active", "requested")]
+    assert rig.fields("active")["checksum"]
+    assert kinds(await rig.look()) == []
+
+
+@pytest.mark.requirement("B1")
+async def test_a_close_before_its_end_is_reported_though_it_is_over(rig: Rig) -> None:
+    """An engine was made to close early, with hash, sorted set and checksum forged: its own log convicts it, for a day."""
+    wrong = rig.worker.shard.live["active"]
+    auction = replace(wrong.auction, ends_at=EpochMs(at(900)))
+    rig.fields("active").update({"ends_at": str(at(900)), "checksum": checksum(auction)})
+    rig.deadlines()["active"] = at(900)
+    rig.worker = await Worker(rig.world, name="worker-2").begin()
+    await rig.worker.live_until(at(901))
+    assert rig.fields("active")["status"] == "ENDED"
+    for _ in range(2):
+        assert ("closed_early", "active", "reported") in kinds(await rig.look())
+    (recorded,) = [each for each in rig.world.store.reconciliations if each["cause"] == "closed_early"]
+    assert (recorded["before"], recorded["after"]) == (str(at(900)), str(at(3_000)))
+    assert (recorded["severity"], recorded["ms_moved"]) == ("severe", "2100000")
+    assert rig.registry.get_sample_value("auctions_timer_corrections_total", {"kind": "closed_early"}) == 1
+    rig.world.line.advance(25 * HOUR_MS)
+    assert "closed_early" not in {kind for kind, *_ in kinds(await rig.look())}
 
 
 async def test_a_lost_hash_comes_back_to_an_engine_that_never_knew_it(rig: Rig) -> None:

@@ -135,11 +135,11 @@ def test_every_status_reads_back(auction: Auction) -> None:
 @pytest.mark.parametrize("record", EVERY_TIMER, ids=as_id)
 @pytest.mark.parametrize("name", SEALED)
 def test_a_field_that_somebody_changed_breaks_the_seal(record: TimerRecord, name: str) -> None:
-    """Whatever says when an auction ends cannot be edited alone; a timer of a version without checksums is believed."""
+    """Whatever says when an auction ends cannot be edited alone, and a timer without a checksum is none of a commit."""
     assert is_sealed(row_of(record))
     assert not is_sealed(row_of(record, **{name: b"edited"}))
     assert not is_sealed(row_of(record, checksum=b"\xff"))
-    assert is_sealed(row_of(record, checksum=None))
+    assert not is_sealed(row_of(record, checksum=None))
 
 
 def test_a_hash_that_is_not_there_has_no_broken_seal() -> None:
