@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Self
@@ -41,7 +41,7 @@ RESTART_DELAY_MS_MAX: Final = 5_000
 HEALTHY_AFTER_MS: Final = 2_000
 # Longer than a start takes on any machine: only after that can a configuration error not come from the start.
 STARTED_AFTER_MS: Final = 60_000
-# A gateway drains its sockets within this time; the same default as systemd's would be 90 s, too long for a Ctrl-C.
+# For a child whose owner names no bound. Long enough to tidy up, and nobody who pressed Ctrl-C waits longer for nothing.
 STOP_MS_DEFAULT: Final = 10_000
 # SIGKILL is immediate except for a process inside an uninterruptible system call. Not worth hanging `serve` for.
 KILLED_WAIT_MS_MAX: Final = 5_000
@@ -261,6 +261,13 @@ class Child:
         self._grace_ms = grace_ms
         self._stop_asked.set()
 
+    def ask_again(self) -> None:
+        """SIGTERM once more, to a process that was asked to stop and may take its time: a role takes it as haste."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+
     def kill(self) -> None:
         """Kill the process if it runs. For the way out when there is no time for `ask_to_stop`."""
         if self._process is not None:
@@ -410,13 +417,15 @@ class ChildSupervisor:
         await self._stop(self.children, timeout_ms)
         self._over.set()
 
-    async def stop_child(self, name: str, timeout_ms: int = STOP_MS_DEFAULT) -> None:
-        """End one child for good, for a stop in a certain order.
+    async def stop_only(self, names: Iterable[str], timeout_ms: int = STOP_MS_DEFAULT) -> None:
+        """End some children for good and at the same time, for a stop in a certain order.
+
+        None of them is started again once this was called, whatever the event loop does before the first `await`.
 
         Raises:
-            KeyError: there is no child of that name.
+            KeyError: there is no child of such a name.
         """
-        await self._stop((self._children[name],), timeout_ms)
+        await self._stop(tuple(self._children[name] for name in names), timeout_ms)
 
     async def _stop(self, children: tuple[Child, ...], timeout_ms: int) -> None:
         for child in children:

@@ -4,6 +4,7 @@ kept running.
 Start: store, engine, reconciler, gateways, and then one line `ready http://HOST:PORT`, when `/readyz` says so.
 Stop: gateways first (they tell their sockets to come back), then the engine (it gives its shards back), the reconciler (it
 archives what came last), the store last.
+A second signal is haste: the gateways wait for no last minute any more, the rest goes as before.
 The port is bound here and handed down, so it stays open while a gateway restarts: whoever connects waits, and is served.
 """
 
@@ -13,7 +14,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -25,10 +26,13 @@ from prometheus_client import multiprocess
 from auction_timer.embedded import EmbeddedServer, StartProgress, find_server_binary
 from auction_timer.processes import ChildSpec, ChildSupervisor, console_script, first_of
 from auction_timer.roles import data_dir_of, listen, url_of
-from engine.lifetime import stop_event
+from engine.lifetime import stop_event, until_stopped
 from engine.settings import PREFIX, Settings
 
 READY_POLL_S: Final = 0.05
+DRAIN_MS: Final = 25_000
+"""How long the gateways wait for auctions in their last minute where no setting says it. A gateway alone waits for all of
+a minute, because others serve meanwhile; here nobody does, and whoever pressed Ctrl-C waits in front of it."""
 STOP_GATEWAYS_MS: Final = 8_000
 """For a gateway to stop, after what it waits for auctions in their last minute."""
 STOP_ENGINE_MS: Final = 5_000
@@ -46,19 +50,20 @@ async def serve(settings: Settings, *, gateways: int) -> None:
     """
     stop = stop_event()
     with contextlib.closing(listen(settings.host, settings.port)) as listener, _shared_metrics() as metrics_dir:
-        async with _store(settings) as store:
-            await _roles(settings, store, listener, metrics_dir, gateways, stop)
+        store = _embedded(settings)
+        try:
+            if store is None or await until_stopped(stop, store.start()):
+                await _roles(settings, store, listener, metrics_dir, gateways, stop)
+        finally:
+            if store is not None:
+                await store.stop()
 
 
-@contextlib.asynccontextmanager
-async def _store(settings: Settings) -> AsyncIterator[EmbeddedServer | None]:
+def _embedded(settings: Settings) -> EmbeddedServer | None:
     """The embedded server; None where the settings name a Redis."""
     if settings.redis_url is not None:
-        yield None
-        return
-    binary = find_server_binary(settings.server_binary)
-    async with EmbeddedServer(data_dir_of(settings), binary, on_progress=_tell) as server:
-        yield server
+        return None
+    return EmbeddedServer(data_dir_of(settings), find_server_binary(settings.server_binary), on_progress=_tell)
 
 
 def _tell(progress: StartProgress) -> None:
@@ -84,6 +89,7 @@ async def _roles(
         f"{PREFIX}HOST": settings.host,
         f"{PREFIX}PORT": str(listener.getsockname()[1]),
         f"{PREFIX}INSECURE": str(settings.insecure).lower(),
+        f"{PREFIX}DRAIN_MS": str(drain_ms(settings)),
         **_token_settings(settings),
         "PROMETHEUS_MULTIPROC_DIR": str(metrics_dir),
     }
@@ -108,11 +114,12 @@ async def _roles(
             await first_of(stop.wait(), *(_failed(task) for task in watched))
         finally:
             log.info("draining")
-            grace_ms = settings.drain_ms + STOP_GATEWAYS_MS
-            await asyncio.gather(*(children.stop_child(name, grace_ms) for name in _running(children, names)))
-            await asyncio.gather(
-                *(children.stop_child(name, STOP_ENGINE_MS) for name in _running(children, ["engine"]))
-            )
+            # Ours is the copy that would keep newcomers waiting for nobody, once the gateways have closed theirs. Nothing
+            # is awaited up to the stop of the gateways, so none of them is started again without it.
+            listener.close()
+            watched.append(asyncio.create_task(_hurry(children, names), name="hurry"))
+            await children.stop_only(_running(children, names), drain_ms(settings) + STOP_GATEWAYS_MS)
+            await children.stop_only(_running(children, ["engine"]), STOP_ENGINE_MS)
             await children.stop(STOP_RECONCILER_MS)
             for task in watched:
                 task.cancel()
@@ -120,6 +127,21 @@ async def _roles(
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
+
+
+def drain_ms(settings: Settings) -> int:
+    """How long the gateways of a `serve` wait for auctions in their last minute: `DRAIN_MS`, or what was set."""
+    return settings.drain_ms if "drain_ms" in settings.model_fields_set else DRAIN_MS
+
+
+async def _hurry(children: ChildSupervisor, names: list[str]) -> None:
+    """Pass each further signal on to the gateways, which know what is haste, until cancelled."""
+    while True:
+        await stop_event().wait()
+        log.info("hurrying")
+        for child in children.children:
+            if child.spec.name in names:
+                child.ask_again()
 
 
 def _token_settings(settings: Settings) -> dict[str, str]:

@@ -150,10 +150,11 @@ class Settings(BaseSettings):
         "more are answered 503.",
     )
     drain_ms: int = Field(
-        25_000,
+        65_000,
         ge=0,
         le=600_000,
-        description="How long a gateway that stops waits for the close of auctions in their last minute, in ms.",
+        description="How long a gateway that stops waits for the close of auctions in their last minute, in ms. Unset, those "
+        "of `serve` wait 25,000. Whoever stops the process must wait longer: see docs/deployment.md.",
     )
     outbox_bytes_max: int = Field(
         262_144,

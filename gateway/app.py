@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_board import ClockBoard
 from engine.clock_sync import ClockSync
-from engine.lifetime import calm_collector, patiently
+from engine.lifetime import calm_collector, patiently, until_stopped
 from engine.settings import Settings
 from engine.store.archive import AuditArchive, archive_url
 from engine.store.audit_reader import AuditReader
@@ -55,6 +55,8 @@ from gateway.tokens import Authenticate, Tokens, tokens_of
 CALL_DEADLINE_MS: Final = 3_000
 """A caller on the other end waits: after this it is told 503 and comes again with the same ids."""
 DRAIN_WITHIN_S: Final = 5
+SAME_SIGNAL_S: Final = 0.5
+"""Signals so close together are one: `timeout` and many a process manager send theirs twice."""
 PAGES_SEND: Final = (
     "Authorization",
     "Content-Type",
@@ -114,6 +116,8 @@ class Gateway:
     tokens: Tokens | None
     archive: AuditArchive
     attendance: Attendance
+    hurried: asyncio.Event
+    """Set: wait for nothing any more, neither for the store at the start nor for a last minute at the end."""
 
 
 def build(store: RedisStore, clock: Clock, settings: Settings, registry: CollectorRegistry) -> Gateway:
@@ -186,6 +190,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
         tokens,
         archive,
         Attendance(store, auction_clock, settings.shards),
+        asyncio.Event(),
     )
     return gateway
 
@@ -193,8 +198,9 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
 @contextlib.asynccontextmanager
 async def _running(gateway: Gateway) -> AsyncIterator[None]:
     """Clock first, then the place in the event lane, then the feeds; all of them end together."""
-    await gateway.sync.start()
-    await patiently(gateway.feed.start)
+    if not await until_stopped(gateway.hurried, _begin(gateway)):
+        yield
+        return
     tasks = [
         asyncio.create_task(work)
         for work in (
@@ -217,6 +223,11 @@ async def _running(gateway: Gateway) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await gateway.archive.close()
+
+
+async def _begin(gateway: Gateway) -> None:
+    await gateway.sync.start()
+    await patiently(gateway.feed.start)
 
 
 def _end_with(task: "asyncio.Task[None]") -> None:
@@ -254,28 +265,39 @@ async def _failure(request: Request, _error: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but the signals are ours: its own handling ends the process by the signal again, not with exit code 0."""
+    """uvicorn, but the signals are ours: its own handling ends the process by the signal again, not with exit code 0.
 
-    def __init__(self, config: uvicorn.Config, door: Door, drain_within_s: float) -> None:
+    The first one drains, and ends a start that still waits for its store. The next one ends the wait of the drain.
+    """
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_within_s: float) -> None:
         super().__init__(config)
-        self._door = door
+        self._gateway = gateway
         self._drain_within_s = drain_within_s
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._drain)
+        self._on_signal(self._drain)
         yield
+
+    def _on_signal(self, act: Callable[[], None]) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, act)
 
     def _drain(self) -> None:
         self.should_exit = True
+        hurry = self._gateway.hurried.set
+        if not self.started:
+            hurry()
+        asyncio.get_running_loop().call_later(SAME_SIGNAL_S, self._on_signal, hurry)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let the sockets go in their order, then stop as uvicorn does."""
         for server in self.servers:
             server.close()
-        await self._door.drain(self._drain_within_s)
+        door = self._gateway.door
+        if not await until_stopped(self._gateway.hurried, door.drain(self._drain_within_s)):
+            await door.drain(0)
         await super().shutdown(sockets)
 
 
@@ -312,7 +334,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
     host, port = listener.getsockname()[:2]
     log.info("gateway_starting", host=host, port=port, shards=settings.shards)
     try:
-        await _Server(config, gateway.door, settings.drain_ms / 1_000).serve(sockets=[listener])
+        await _Server(config, gateway, settings.drain_ms / 1_000).serve(sockets=[listener])
     finally:
         await link.close()
     log.info("gateway_stopped")

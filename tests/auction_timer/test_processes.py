@@ -30,7 +30,7 @@ from auction_timer.processes import (
     kernel_tells_of_parent_death,
     kill_now,
 )
-from tests.auction_timer import eventually, exists, is_running, kill_if_running
+from tests.auction_timer import DEADLINE_S, eventually, exists, is_running, kill_if_running
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
 
@@ -431,17 +431,43 @@ def test_environment_output_and_session_are_the_specified_ones(
 
 
 @pytest.mark.integration
-async def test_one_child_can_be_stopped_before_the_others(tmp_path: Path) -> None:
-    """A stop in order ends the named child for good and leaves the rest; a name that is not there is an error."""
+async def test_some_children_can_be_stopped_before_the_others(tmp_path: Path) -> None:
+    """A stop in order ends the named children for good and leaves the rest; a name that is not there is an error."""
     async with ChildSupervisor() as children:
         engine = await children.start(spec_of("engine", RUNS_ON, tmp_path))
-        gateway = await children.start(spec_of("gateway", RUNS_ON, tmp_path))
-        await children.stop_child("gateway")
-        assert gateway.pid is None
+        gateways = [await children.start(spec_of(name, RUNS_ON, tmp_path)) for name in ("gateway-1", "gateway-2")]
+        await children.stop_only(["gateway-1", "gateway-2"])
+        assert [gateway.pid for gateway in gateways] == [None, None]
         assert engine.pid is not None
-        assert children.children == (engine, gateway)
+        assert children.children == (engine, *gateways)
         with pytest.raises(KeyError):
-            await children.stop_child("reconciler")
+            await children.stop_only(["reconciler"])
+
+
+WANTS_TO_BE_ASKED_TWICE = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+open({ready!r}, "a").write("x")
+for _ in range(2):
+    signal.sigwait([signal.SIGTERM])
+    open({note!r}, "a").write("x")
+"""
+
+
+@pytest.mark.integration
+async def test_a_child_that_takes_its_time_can_be_asked_again(tmp_path: Path, log: list[dict[str, Any]]) -> None:
+    """A second SIGTERM reaches a child that was asked to stop; one that has ended is left alone."""
+    async with ChildSupervisor() as children:
+        gateway = await children.start(spec_of("gateway", WANTS_TO_BE_ASKED_TWICE, tmp_path))
+        await eventually(lambda: starts(tmp_path, "gateway"))
+        stopping = asyncio.create_task(children.stop_only(["gateway"], timeout_ms=60_000))
+        await eventually(lambda: (tmp_path / "note").exists() and (tmp_path / "note").read_text() == "x")
+        gateway.ask_again()
+        async with asyncio.timeout(DEADLINE_S):
+            await stopping
+        gateway.ask_again()
+    assert (tmp_path / "note").read_text() == "xx"
+    assert [line["killed"] for line in log if line["event"] == "child_stopped"] == [False]
 
 
 @pytest.mark.integration

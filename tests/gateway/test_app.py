@@ -1,14 +1,16 @@
 """Tests for gateway.app: the composition, its start and its end."""
 
 import asyncio
+import os
 import signal
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.types import Message, Receive, Scope, Send
 
 from engine.store.protocol import StoreUnavailableError
-from gateway.app import Correlate, _end_with
+from gateway.app import Correlate, _end_with, _Server
 from gateway.origins import OriginRule
 from tests.gateway.front import Front, front
 from tests.gateway.house import AUCTION, record
@@ -96,6 +98,28 @@ async def test_what_is_no_http_request_passes_untouched() -> None:
 
     await Correlate(inner, OriginRule([], loopback_only=True))({"type": "lifespan"}, receive, send)
     assert seen == [{"type": "lifespan"}]
+
+
+async def test_the_second_signal_is_haste_and_the_first_one_twice_is_not() -> None:
+    """A signal begins the drain; what follows within half a second is the same one, and the next ends the wait."""
+    async with front() as made:
+        server = _Server(uvicorn.Config(made.gateway.app), made.gateway, 60)
+        server.started = True
+        loop = asyncio.get_running_loop()
+        try:
+            with server.capture_signals():
+                for _ in range(10):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    await asyncio.sleep(0)
+                assert server.should_exit
+                assert not made.gateway.hurried.is_set()
+                async with asyncio.timeout(20):
+                    while not made.gateway.hurried.is_set():
+                        os.kill(os.getpid(), signal.SIGINT)
+                        await asyncio.sleep(0.01)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
 
 
 @pytest.mark.requirement("R16")

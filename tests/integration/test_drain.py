@@ -1,7 +1,9 @@
 """A deploy in the last minute of an auction: real gateways that are told to stop."""
 
 import asyncio
+import contextlib
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,9 @@ from typing import Any, Final
 
 import pytest
 
+from auction_timer.stack import drain_ms
+from engine.settings import Settings
+from gateway.door import DRAIN_LOOK_EVERY_S, LAST_MINUTE_MS, OVER_LINGER_S
 from tests.integration.crowd import DEADLINE_S, Watcher, crowd, gaps, lane, port_of, until
 from tests.integration.events import bid, fresh_id, started
 from tests.integration.own_gateway import OwnGateway
@@ -67,6 +72,7 @@ async def test_a_deploy_does_not_hit_the_last_minute(stack: LiveStack) -> None:
                 watcher.port = port_of(stack.url)
             began = time.monotonic()
             gateway.terminate()
+            gateway.terminate()  # as `timeout` and many a process manager do: it is one signal
             await until(lambda: all(watcher.closes for watcher in many), "the far ones are sent away", many, within_s=4)
             assert not any(watcher.closes for watcher in few), "before the others, which wait for the close"
             assert {watcher.closes[0][0] for watcher in many} == {1001}
@@ -115,21 +121,69 @@ async def test_a_last_minute_that_does_not_end_holds_a_deploy_up_for_so_long_and
         gateway.stop()
 
 
+async def refused(port: int) -> None:
+    """Return when a newcomer is refused at once. Until then, each must be served or cut off: none is left waiting."""
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        except ConnectionRefusedError:
+            return
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            await reader.read()
+        writer.close()
+
+
 @pytest.mark.requirement("B9")
 async def test_stopping_everything_lets_a_last_minute_come_to_its_end(short_tmp: Path) -> None:
-    """SIGTERM to `serve` stops the gateways first: the engine still closes the auction, its watchers read it, exit code 0."""
-    stack = await asyncio.to_thread(LiveStack, short_tmp)
-    stopping: asyncio.Future[int] | None = None
+    """SIGTERM to `serve`, also when it comes twice at once, stops the gateways first: newcomers are refused by all of them
+    at once, the engine still closes the auction, its watchers read it, exit code 0."""
+    stack = await asyncio.to_thread(LiveStack, short_tmp, "--gateways", "2")
     try:
-        near = await registered(stack, CLOSE_MS - 2_000, "CLOSING", soft_close_window_ms=HOUR_MS)
+        near = await registered(stack, CLOSE_MS + 4_000, "CLOSING", soft_close_window_ms=HOUR_MS)
         watchers = [Watcher(near) for _ in range(NEAR_WATCHERS)]
-        async with crowd(*watchers, port=port_of(stack.url)):
-            stopping = asyncio.ensure_future(asyncio.to_thread(stack.stop))
-            async with asyncio.timeout(DEADLINE_S):
-                assert await stopping == 0
+        async with crowd(*watchers, port=port_of(stack.url)), asyncio.timeout(DEADLINE_S):
+            stack.process.send_signal(signal.SIGTERM)
+            stack.process.send_signal(signal.SIGTERM)
+            await refused(port_of(stack.url))
+            assert not any(watcher.closes for watcher in watchers), "while the others wait for the close"
+            await until(lambda: stack.process.poll() is not None, "everything has stopped", watchers)
             for watcher in watchers:
                 assert [name for _, name in watcher.events] == ["timer.ended"]
                 assert watcher.closes == [(4000, "the auction is over")]
     finally:
-        if stopping is None:
-            await asyncio.to_thread(stack.stop)
+        assert await asyncio.to_thread(stack.stop) == 0
+
+
+@pytest.mark.requirement("B9")
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
+async def test_a_second_signal_ends_the_wait_for_a_last_minute(short_tmp: Path, again: signal.Signals) -> None:
+    """Ctrl-C and Ctrl-C again: `serve` sends its watchers away, although they wait for a close, and stops in order."""
+    stack = await asyncio.to_thread(LiveStack, short_tmp, env={"AUCTION_TIMER_DRAIN_MS": "600000"})
+    try:
+        near = await registered(stack, 50_000, "CLOSING", soft_close_window_ms=HOUR_MS, max_extensions=0)
+        watchers = [Watcher(near) for _ in range(NEAR_WATCHERS)]
+        async with crowd(*watchers, port=port_of(stack.url)):
+            stack.process.send_signal(signal.SIGINT)
+            await refused(port_of(stack.url))
+            assert not any(watcher.closes for watcher in watchers), "at the first one they stay"
+
+            def gone() -> bool:
+                stack.process.send_signal(again)  # what comes close behind the first one does not count yet
+                return all(watcher.closes for watcher in watchers)
+
+            await until(gone, "everyone is sent away", watchers)
+            assert {code for watcher in watchers for code, _ in watcher.closes} == {1001}
+            await until(lambda: stack.process.poll() is not None, "everything has stopped")
+    finally:
+        assert await asyncio.to_thread(stack.stop) == 0
+
+
+def test_a_gateway_waits_for_all_of_a_last_minute_and_serve_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default covers a close a minute away and its farewell; nobody waits so long for a Ctrl-C, unless it was set."""
+    monkeypatch.delenv("AUCTION_TIMER_DRAIN_MS", raising=False)
+    unset = Settings(_env_file=None)
+    assert unset.drain_ms > LAST_MINUTE_MS + (OVER_LINGER_S + DRAIN_LOOK_EVERY_S) * 1_000
+    assert drain_ms(unset) == 25_000
+    for chosen in (0, 65_000, 90_000):
+        assert drain_ms(Settings(_env_file=None, drain_ms=chosen)) == chosen

@@ -5,11 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from websockets.sync.client import connect
 
+from auction_timer.processes import parent_death_hook
 from tests.integration.events import bid, event, fresh_id, started
 from tests.live import DEADLINE_S, SCRIPT, LiveStack, alive, children_of, until
 
@@ -41,6 +45,8 @@ def test_children_are_named_and_none_is_left(short_tmp: Path) -> None:
     assert "auction-timer reconciler" in commands
     assert len(children) == 4
     assert stack.ready_line.startswith("ready http://127.0.0.1:")
+    (gateway,) = stack.pids("gateway")
+    assert b"AUCTION_TIMER_DRAIN_MS=25000" in Path(f"/proc/{gateway}/environ").read_bytes().split(b"\0")
     assert stack.stop() == 0
     assert not [pid for pid in children if alive(pid)]
 
@@ -229,6 +235,32 @@ def test_a_role_without_a_redis_says_so() -> None:
         assert "--redis-url" in alone.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_gateway_that_waits_for_its_redis_can_be_stopped(short_tmp: Path, number: signal.Signals) -> None:
+    """A start that may never end does not keep the process: it leaves with exit code 0, and without a traceback."""
+    with _started(short_tmp, "gateway", "--port", "0", AUCTION_TIMER_REDIS_URL="redis://127.0.0.1:1") as gateway:
+        until(lambda: "clock_sample_failed" in gateway.said(), "it waits for its Redis")
+        gateway.process.send_signal(number)
+        assert gateway.process.wait(DEADLINE_S) == 0
+        assert "Traceback" not in gateway.said()
+
+
+def test_a_serve_that_waits_for_its_store_can_be_stopped(short_tmp: Path) -> None:
+    """Nobody who pressed Ctrl-C waits until a large file is loaded: the store goes, and `serve` with it, exit code 0."""
+    silent = short_tmp / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o700)
+    with _started(
+        short_tmp, "serve", "--port", "0", "--data-dir", "data", AUCTION_TIMER_SERVER_BINARY=str(silent)
+    ) as serve:
+        until(lambda: "store_starting" in serve.said(), "it waits for its store")
+        (store,) = children_of(serve.process.pid)
+        serve.process.send_signal(signal.SIGINT)
+        assert serve.process.wait(DEADLINE_S) == 0
+        assert not alive(store)
+        assert "Traceback" not in serve.said()
+
+
 def test_another_shard_count_is_refused(short_tmp: Path) -> None:
     """The shard count is fixed at the first start; a mismatch names both and what to do."""
     stack = LiveStack(short_tmp)
@@ -273,6 +305,36 @@ def _run(
         timeout=DEADLINE_S,
         check=False,
     )
+
+
+@dataclass
+class _Started:
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@contextmanager
+def _started(directory: Path, *arguments: str, **env: str) -> Iterator[_Started]:
+    """A command that runs on its own, and is gone at the end."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
+    log = directory / "said.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*SCRIPT, *arguments],
+            cwd=directory,
+            env=clean | env,
+            stdout=output,
+            stderr=output,
+            preexec_fn=parent_death_hook(),
+        )
+    try:
+        yield _Started(process, log)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_package_runs_as_a_module() -> None:
