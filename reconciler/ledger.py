@@ -2,7 +2,7 @@
 
 It is written from the records, not with the domain's own `decide`: a fault in the one must not be copied into the other. So
 the caps of requirement R15 are derived once more here. `lawful_ends_at` moves with each recorded extension, but by no more
-than 15 minutes and the policy's extension at a time, and never past the total cap.
+than 15 minutes and the policy's extension at a time, and never past the total cap, whatever kind of record moved the end.
 
     record               ends_at   lawful_ends_at
     registered              100       100
@@ -100,10 +100,14 @@ def _fold(told: Told | None, fields: Mapping[str, str]) -> Told | None:
         return _extended(told, record, seq, min(EXTENSION_MS_MAX, changed.policy.extension_ms))
     if event_type == Fact.OUTAGE_EXTENDED:
         return _extended(told, record, seq, EXTENSION_MS_MAX)
-    moved = changed.ends_at - told.auction.ends_at
-    # An operator's new end is bound by the cap only; a pause moves the cap itself.
-    lawful = min(told.lawful_ends_at + moved, _cap_of(changed)) if moved else told.lawful_ends_at
-    return replace(told, record=record, seq=seq, lawful_ends_at=EpochMs(lawful))
+    if event_type == Fact.RESCHEDULED:
+        # An operator's new end is bound by the cap only, whatever stood before.
+        return Told(record, seq, EpochMs(min(changed.ends_at, _cap_of(changed))), _past_cap(changed, seq))
+    if event_type == Fact.RESUMED:
+        # A pause moves the cap itself.
+        lawful = min(told.lawful_ends_at + changed.ends_at - told.auction.ends_at, _cap_of(changed))
+        return Told(record, seq, EpochMs(lawful), told.breach or _past_cap(changed, seq))
+    return replace(told, record=record, seq=seq)
 
 
 def _begun(told: Told | None, fields: Mapping[str, str], details: Mapping[str, Any], seq: int) -> Told | None:
@@ -164,14 +168,18 @@ def _changed(auction: Auction, event_type: str, fields: Mapping[str, str], detai
 def _extended(told: Told, record: TimerRecord, seq: int, step_max: int) -> Told:
     before, after = told.auction, record.auction
     moved = after.ends_at - before.ends_at
-    cap = _cap_of(after)
-    lawful = min(told.lawful_ends_at + min(moved, step_max), cap)
-    breach = told.breach
+    lawful = min(told.lawful_ends_at + min(moved, step_max), _cap_of(after))
+    breach = _past_cap(after, seq) or told.breach
     if moved > step_max:
         breach = f"record {seq} extends by {moved} ms, at most {step_max} are allowed"
-    elif after.ends_at > cap:
-        breach = f"record {seq} moves the end to {after.ends_at}, past the last one allowed, {cap}"
     return Told(record, seq, EpochMs(lawful), breach)
+
+
+def _past_cap(auction: Auction, seq: int) -> str | None:
+    cap = _cap_of(auction)
+    if auction.ends_at <= cap:
+        return None
+    return f"record {seq} moves the end to {auction.ends_at}, past the last one allowed, {cap}"
 
 
 def _cap_of(auction: Auction) -> int:
@@ -187,7 +195,7 @@ def _corrected(told: Told, stated: Mapping[str, str], seq: int) -> Told:
     except CorruptTimerError as error:
         raise SchemaError(str(error)) from None
     assert record is not None
-    lawful = record.auction.ends_at
-    if record.auction.registration is not None:
-        lawful = EpochMs(min(lawful, _cap_of(record.auction)))
-    return Told(record, seq, lawful)
+    auction = record.auction
+    if auction.registration is None:
+        return Told(record, seq, auction.ends_at)
+    return Told(record, seq, EpochMs(min(auction.ends_at, _cap_of(auction))), _past_cap(auction, seq))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -12,7 +13,12 @@ from typing import Any, Final
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from engine.contract import audit
+from engine.contract.intake import SCHEDULER
 from engine.contract.keys import RECONCILIATIONS
+from engine.contract.timers import checksum, from_fields
+from engine.domain.decide import Decision, Fact
+from engine.domain.instants import EpochMs
 from tests.integration.events import bid, fresh_id, started
 from tests.integration.records import keys_of, records_of, stream
 from tests.integration.test_first_light import now_of, socket_url
@@ -167,6 +173,69 @@ def test_an_edited_end_that_an_engine_loads_closes_nothing(stack: LiveStack, uns
     until(
         lambda: "bid_accepted" in [record["event_type"] for record in records_of(stack, auction_id)], "bids count again"
     )
+
+
+def forge_reschedule(stack: LiveStack, auction_id: str, ends_at: int) -> None:
+    """An end that no engine would write, in hash, sorted set and log alike, sealed and chained as commits do it."""
+    names = keys_of(auction_id)
+    (engine,) = stack.pids("engine")
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        record = from_fields(hash_of(stack, auction_id))
+        assert record is not None
+        before = record.auction
+        after = replace(before, ends_at=EpochMs(ends_at), version=before.version + 1)
+        details = {"previous_ends_at": before.ends_at, "ends_at": ends_at, "reason": "forged"}
+        now = EpochMs(before.ends_at - 1)
+        decision = Decision(before, after, now, Fact.RESCHEDULED, details=details)
+        fields = audit.record(
+            decision, actor=SCHEDULER, event_id="forged", intake_id="1-0", trace_id=record.trace_id,
+            correlation_id="req-1", recorded_at=now,
+        )  # fmt: skip
+        seq, chain_hash = stack.redis("HMGET", names.cursor, "seq", "hash")
+        head, fields = audit.chained(audit.ChainHead(int(seq), chain_hash.decode()), fields)
+        stack.redis("XADD", names.audit, "*", *(part for pair in fields.items() for part in pair))
+        stack.redis("HSET", names.cursor, "seq", head.seq, "hash", head.hash)
+        key = names.timer(auction_id)
+        stack.redis("HSET", key, "ends_at", ends_at, "version", after.version, "checksum", checksum(after))
+        stack.redis("ZADD", names.deadlines, ends_at, auction_id)
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
+@pytest.mark.requirement("R15")
+def test_a_log_that_breaks_a_cap_is_found_and_clipped(stack: LiveStack, auction: str) -> None:
+    """Every view agrees on an end past the cap; only the caps, derived once more, tell, and the last lawful end stands."""
+    before = stack.timer(auction)
+    counted = count_of(stack, "cap_breached")
+    cap = before["final_deadline"]
+    with connect(socket_url(stack, auction), compression=None) as socket:
+        forge_reschedule(stack, auction, cap + 60_000)
+        while (frame := resynced(socket))["cause"] != "cap_breached":
+            pass
+    assert frame["timer"]["ends_at"] == cap
+    until(lambda: hash_of(stack, auction)["ends_at"] == str(cap), "the end is clipped")
+    assert score_of(stack, auction) == cap
+    (entry,) = [each for each in found(stack, auction) if each["cause"] == "cap_breached"]
+    assert (entry["action"], entry["severity"], entry["ms_moved"]) == ("requested", "severe", "-60000")
+    assert (entry["before"], entry["after"]) == (str(cap + 60_000), str(cap))
+    assert "past the last one allowed" in json.loads(entry["evidence"])["breach"]
+    until(lambda: count_of(stack, "cap_breached") > counted, "it is counted")
+
+
+@pytest.mark.requirement("R15")
+def test_an_end_that_is_pushed_past_the_cap_by_hand_comes_back(stack: LiveStack, auction: str) -> None:
+    """Hash and sorted set agree on it, and the log says otherwise: nobody is told, or bids by, an end past the cap."""
+    before = stack.timer(auction)
+    past = before["final_deadline"] + 60_000
+    with connect(socket_url(stack, auction), compression=None) as socket:
+        stack.redis("ZADD", keys_of(auction).deadlines, past, auction)
+        stack.redis("HSET", keys_of(auction).timer(auction), "ends_at", past)
+        frame = resynced(socket)
+    assert frame["timer"]["ends_at"] == before["ends_at"]
+    until(lambda: score_of(stack, auction) == before["ends_at"], "the deadline is what the log says")
+    assert hash_of(stack, auction)["ends_at"] == str(before["ends_at"])
+    assert "end_past_cap" in {entry["cause"] for entry in found(stack, auction)}
 
 
 @pytest.mark.requirement("R11")

@@ -13,7 +13,7 @@ from engine.domain.fold import fold
 from engine.domain.instants import HOUR_MS, EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.protocol import Group, Standing
-from reconciler.drift import OVERDUE_MS, Drift, DriftKind, Severity, Tick, Views, compare
+from reconciler.drift import OVERDUE_MS, Drift, DriftKind, Severity, Tick, Views, compare, judge
 from reconciler.ledger import Told
 from tests.engine.domain.examples import AUCTION_ID, IN_STATUS, T0
 from tests.engine.domain.strategies import Log, logs
@@ -185,3 +185,16 @@ def test_a_hash_without_a_log() -> None:
     assert kinds(views(CLOSING, told=None, log_whole=False)) == []
     assert kinds(views(CLOSING, told=None, log_whole=False, scores={})) == [DriftKind.ENTRY_MISSING]
     assert kinds(views(CLOSING, told=None, record=CorruptTimerError("x"))) == [DriftKind.HASH_UNREADABLE]
+
+
+@pytest.mark.requirement("R15")
+def test_a_breach_that_led_to_a_close_is_told_for_a_day() -> None:
+    """It is a drift about what is over, so nobody repairs it; what is long over is left to the log."""
+    lawful = EpochMs(ENDED.ends_at - 60_000)
+    said = told(ENDED, lawful_ends_at=lawful, breach="record 3 ...")
+    (drift,) = judge(0, said, EpochMs(ENDED.ends_at + HOUR_MS))
+    assert (drift.kind, drift.is_over, drift.severity) == (DriftKind.CAP_BREACHED, True, Severity.SEVERE)
+    assert (drift.before, drift.after, drift.ms_moved) == (str(ENDED.ends_at), str(lawful), -60_000)
+    assert list(judge(0, said, EpochMs(ENDED.ends_at + 25 * HOUR_MS))) == []
+    assert list(judge(0, told(ENDED), EpochMs(ENDED.ends_at))) == []
+    assert kinds(views(ENDED, told=said)) == []

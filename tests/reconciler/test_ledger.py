@@ -11,10 +11,11 @@ from engine.contract.audit import ChainHead, chained, record
 from engine.contract.intake import SCHEDULER
 from engine.domain.auction import Auction, Registration
 from engine.domain.correction import correct
-from engine.domain.decide import Decision
+from engine.domain.decide import Decision, Fact
 from engine.domain.events import Bid, Register
 from engine.domain.fold import fold
 from engine.domain.instants import HOUR_MS, MINUTE_MS, EpochMs
+from engine.domain.lifecycle import Status
 from engine.domain.policy import Cap, Policy
 from reconciler.ledger import LogGapError, Told, fold_record
 from tests.engine.domain.examples import AUCTION_ID, T0, at
@@ -100,6 +101,46 @@ def test_an_extension_past_the_total_cap_is_a_breach() -> None:
     assert told.breach is not None
     assert "past the last one allowed" in told.breach
     assert told.lawful.auction.ends_at == T0 + HOUR_MS + 2 * MINUTE_MS
+
+
+@pytest.mark.requirement("R15")
+@pytest.mark.parametrize("fact", [Fact.RESCHEDULED, Fact.RESUMED, Fact.CORRECTED])
+def test_any_record_that_moves_the_end_past_the_cap_is_a_breach(fact: Fact) -> None:
+    """An operator's end, a pause that is over and a correction are bound as extensions are, and clipped as they are."""
+    told = told_of(*running())
+    cap = told.auction.cap_ends_at
+    past = replace(told.auction, ends_at=EpochMs(cap + 1), version=told.auction.version + 1)
+    details = {"ends_at": past.ends_at, "paused_ms": 0, "reason": "x", "cause": "x"}
+    found = fold_record(told, linked(Decision(told.auction, past, at(3_000), fact, details=details), 9))
+    assert found is not None
+    assert found.breach == f"record 9 moves the end to {cap + 1}, past the last one allowed, {cap}"
+    assert (found.lawful_ends_at, found.lawful.auction.ends_at) == (cap, cap)
+
+
+@pytest.mark.requirement("R15")
+def test_a_lawful_new_end_makes_a_breach_good() -> None:
+    """What an operator has set within the cap stands, whatever an extension before it has broken."""
+    *before, last = running()
+    told = told_of(*before)
+    far = EpochMs(told.auction.ends_at + 20 * MINUTE_MS)
+    broken = fold_record(told, linked(replace(last, after=replace(last.after, ends_at=far)), 9, ends_at=far))
+    assert broken is not None
+    assert broken.breach is not None
+    new = EpochMs(told.auction.ends_at + MINUTE_MS)
+    after = replace(broken.auction, ends_at=new, version=broken.auction.version + 1)
+    decision = Decision(broken.auction, after, at(3_000), Fact.RESCHEDULED, details={"ends_at": new})
+    found = fold_record(broken, linked(decision, 10))
+    assert found is not None
+    assert (found.breach, found.lawful.auction.ends_at) == (None, new)
+
+
+@pytest.mark.requirement("R15")
+def test_what_is_over_is_not_clipped() -> None:
+    """A breach that led to a close is told, and the end that bidders saw stays the end."""
+    told = told_of(*running())
+    past = EpochMs(told.auction.cap_ends_at + 1)
+    ended = replace(told, record=replace(told.record, auction=replace(told.auction, status=Status.ENDED, ends_at=past)))
+    assert ended.lawful.auction.ends_at == past
 
 
 def test_a_correction_states_everything_anew() -> None:

@@ -78,6 +78,13 @@ def test_what_no_event_can_mend_is_reported(kind: DriftKind) -> None:
     assert (made.repairs, [each.kind for each in made.reported]) == ((), [kind])
 
 
+def test_what_is_over_is_reported_and_not_repaired() -> None:
+    """The same kind of drift is mended while the auction lasts."""
+    over = drift("a", DriftKind.CAP_BREACHED, is_over=True)
+    made = plan([over, drift("b", DriftKind.CAP_BREACHED)], {"a": seen("a"), "b": seen("b")}, 10)
+    assert ([repair.auction_id for repair in made.repairs], made.reported) == (["b"], (over,))
+
+
 def test_an_entry_of_nobody_is_to_go() -> None:
     """Only a log that was read whole can say that there is no such auction."""
     views = Views("x", Standing(None, {Group.LIVE: 1}), None, log_whole=True, seq=9)
