@@ -77,6 +77,8 @@ class Model:
     sent: list[tuple[dict[str, Any], int]] = field(default_factory=list)
     """Events with the arrival of each."""
     history: list[Decision] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
+    """What operators did about its commands, in order."""
 
     def take(self, event: InputEvent, at: int) -> Decision:
         """Fold an event that arrived at `at`; its own decision."""
@@ -90,6 +92,11 @@ class Model:
         whole = [*self.history, *elapse(self.auction, at)]
         return [(str(each.fact), each.at, each.after.version) for each in whole]
 
+    def may_park(self, waiting: "Waiting", low: EpochMs, high: EpochMs) -> bool:
+        """Whether a command that enters again between `low` and `high` may come back to troubleshooting."""
+        decisions = self.possible(waiting.asked, low, high)
+        return any(parks(decision, waiting.asked, waiting.reply_to) for decision in decisions)
+
     def possible(self, event: InputEvent, low: EpochMs, high: EpochMs) -> list[Decision]:
         """What may be decided about an event that arrives somewhere from `low` to `high`."""
         instants = {low, high}
@@ -98,6 +105,16 @@ class Model:
         if isinstance(event, Withdraw) and self.auction.registration is not None:
             instants.add(window_ends_at(self.auction, event.default_window_minutes))
         return [own(fold(self.auction, event, at)) for at in instants if low <= at <= high]
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A command in troubleshooting."""
+
+    name: str
+    asked: InputEvent
+    reply_to: str | None
+    attempts: int = 1
 
 
 def own(decisions: list[Decision]) -> Decision:
@@ -129,39 +146,60 @@ class HttpMachine(RuleBasedStateMachine):
         self.models = {
             name: Model(Auction(f"machine-{run}-{name}"), f"offer-{run}-{name}") for name in ("one", "two")
         }  # fmt: skip
+        self.waiting: dict[str, Waiting] = {}
 
     # Events.
 
-    def post(self, name: str, event_type: str, asked: InputEvent, reply_to: str | None, **data: Any) -> Decision:
+    def post(
+        self,
+        name: str,
+        event_type: str,
+        asked: InputEvent,
+        reply_to: str | None,
+        *,
+        by_offer: bool = False,
+        **data: Any,
+    ) -> Decision:
         """Send an event, and hold what is said of it against the domain."""
         model = self.models[name]
-        sent = event(event_type, auction_id=model.auction.auction_id, **data)
+        about = {"offer_id": model.offer_id} if by_offer else {"auction_id": model.auction.auction_id}
+        sent = event(event_type, **about, **data)
         if reply_to is not None:
             sent["data"]["reply_to"] = reply_to
         (result,) = self.stack.post(sent)
         assert result["status"] == "accepted"
         model.sent.append((sent, result["arrival_ms"]))
         decision = model.take(asked, result["arrival_ms"])
-        self.check_outcome(sent["id"], decision, asked, reply_to)
+        outcome = self.decided(sent["id"])
+        if parks(decision, asked, reply_to):
+            self.waiting[sent["id"]] = Waiting(name, asked, reply_to)
+            assert (outcome["outcome"], outcome["attempts"]) == ("IN_TROUBLESHOOTING_QUEUE", 1)
+            assert decision.refusal is not None
+            assert outcome["error_code"] == decision.refusal.code.value
+        elif isinstance(asked, Bid | Register):
+            assert outcome["outcome"] == "PROCESSED"  # of these many no more is kept
+        else:
+            self.check_outcome(outcome, decision)
         return decision
 
-    def check_outcome(self, command_id: str, decision: Decision, asked: InputEvent, reply_to: str | None) -> None:
-        """`/commands/{id}` says what the domain decided; of bids and starts it keeps only those that are parked."""
-        if isinstance(asked, Bid | Register) and not parks(decision, asked, reply_to):
-            return
+    def decided(self, command_id: str) -> dict[str, Any]:
+        """What `/commands/{id}` says once an engine has been there."""
 
-        def decided() -> dict[str, Any] | None:
+        def told() -> dict[str, Any] | None:
             answer = self.stack.http.get(f"/commands/{command_id}")
             return answer.json() if answer.status_code == 200 and answer.json()["outcome"] != "PENDING" else None
 
-        outcome = until(decided, f"{command_id} is decided")
-        if decision.refusal is None:
+        outcome: dict[str, Any] = until(told, f"{command_id} is decided")
+        return outcome
+
+    def check_outcome(self, outcome: dict[str, Any], decision: Decision) -> None:
+        """What is kept is what the domain decided."""
+        if decision.refusal is not None:
+            assert (outcome["outcome"], outcome["error_code"]) == ("REFUSED", decision.refusal.code.value)
+        elif decision.fact is Fact.LATE_BID_IGNORED:
+            assert outcome["outcome"] == "LATE"
+        else:
             assert outcome["outcome"] == ("UNCHANGED" if decision.fact is None else "APPLIED")
-            return
-        assert outcome["error_code"] == decision.refusal.code.value
-        assert outcome["outcome"] == (
-            "IN_TROUBLESHOOTING_QUEUE" if parks(decision, asked, reply_to) else "REFUSED"
-        )  # fmt: skip
 
     @initialize(length_ms=st.sampled_from([500, HOUR_MS, HOUR_MS, HOUR_MS]), policy=POLICIES, window=WINDOWS)
     def begin(self, length_ms: int, policy: Policy, window: int | None) -> None:
@@ -229,6 +267,16 @@ class HttpMachine(RuleBasedStateMachine):
         }[kind]
         self.post(name, event_type, asked, f"machine-{uuid4().hex}" if reply else None, reason="by event")
 
+    # Only where the offer has its auction: a cancellation that waits in every shard has as many stamps.
+    @precondition(lambda self: self.steps > STEPS // 2)
+    @rule(name=NAMES, reply=st.booleans())
+    def cancel_by_offer(self, name: str, reply: bool) -> None:
+        """A cancellation that names the offer only is one of the auction that was registered with it."""
+        if self.models[name].auction.registration is not None:
+            reply_to = f"machine-{uuid4().hex}" if reply else None
+            kind = "offers.cancellation.completed"
+            self.post(name, kind, Cancel("by offer"), reply_to, by_offer=True, reason="by offer")
+
     @rule(name=NAMES, reply=st.booleans(), delta_ms=st.sampled_from([-HOUR_MS, 100, 5 * MINUTE_MS, 30 * HOUR_MS]))
     def reschedule(self, name: str, reply: bool, delta_ms: int) -> None:
         """Another end: reachable, past, too far."""
@@ -243,6 +291,39 @@ class HttpMachine(RuleBasedStateMachine):
         sent, arrival_ms = data.draw(st.sampled_from([each for model in self.models.values() for each in model.sent]))
         (result,) = self.stack.post(sent)
         assert (result["status"], result["arrival_ms"]) == ("duplicate", arrival_ms)
+
+    # Troubleshooting.
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        """An operator cancels what waits: once, for good, and nothing else changes."""
+        command_id = data.draw(st.sampled_from(sorted(self.waiting)))
+        waiting = self.waiting.pop(command_id)
+        for expected in (200, 409):
+            answer = self.stack.http.post(f"/ops/troubleshooting/{command_id}/cancel", json={"reason": "of no use"})
+            assert answer.status_code == expected, answer.text
+        assert self.decided(command_id)["outcome"] == "CANCELED"
+        self.models[waiting.name].operations.append("OPERATOR_CANCEL")
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        """An operator sends what waits round again: it arrives anew, and is decided as of then, or waits once more."""
+        command_id = data.draw(st.sampled_from(sorted(self.waiting)))
+        waiting, low = self.waiting[command_id], EpochMs(now_ms() - SLACK_MS)
+        model = self.models[waiting.name]
+        answer = self.stack.http.post(f"/ops/troubleshooting/{command_id}/retry")
+        assert (answer.status_code, answer.json()["attempts"]) == (200, waiting.attempts), answer.text
+        model.operations.append("OPERATOR_RETRY")
+        outcome = self.decided(command_id)
+        if outcome["outcome"] == "IN_TROUBLESHOOTING_QUEUE":
+            waiting.attempts += 1
+            assert outcome["attempts"] == waiting.attempts
+            assert model.may_park(waiting, low, EpochMs(now_ms() + SLACK_MS))
+            return
+        del self.waiting[command_id]
+        self.check_outcome(outcome, model.take(waiting.asked, outcome["arrival_ms"]))
 
     # Commands.
 
@@ -340,18 +421,23 @@ class HttpMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """The records tell the same story, in the same order, with the same instants."""
         for model in self.models.values():
-            if not model.history:
+            if not model.history and not model.operations:
                 continue
 
             def told(model: Model = model) -> bool:
                 records = records_of(self.stack, model.auction.auction_id)
-                facts = [(each["event_type"], each["occurred_at"], each["version"]) for each in records]
-                return facts == model.facts_until(now_ms())
+                done = [each["event_type"] for each in records if each["event_type"].startswith("OPERATOR_")]
+                facts = [
+                    (each["event_type"], each["occurred_at"], each["version"])
+                    for each in records
+                    if not each["event_type"].startswith("OPERATOR_")
+                ]
+                return facts == model.facts_until(now_ms()) and done == model.operations
 
             until(told, f"the records of {model.auction.auction_id} are the domain's")
 
 
-@pytest.mark.requirement("R2", "R19", "R20", "R24", "R25", "R26", "R27")
+@pytest.mark.requirement("R2", "R19", "R20", "R24", "R25", "R26", "R27", "R29", "R30")
 def test_every_answer_is_the_domains(live_stack: LiveStack) -> None:
     """Starts, bids, commands, repetitions and passing time in any order: answers, timers and records follow the fold."""
     run_state_machine_as_test(
