@@ -15,6 +15,8 @@ class Pace:
     """Between two samples of the authority's clock."""
     look_again_ms: int = 1_000
     """The scheduler's longest sleep. Lower costs wake-ups, higher lets a lost timer go unnoticed for longer."""
+    tick_round_ms: int = 0
+    """Between two rounds of ticks, at least: what is due meanwhile ticks with the next one. 0 keeps the phase of each."""
     heartbeat_ms: int = 1_000
     """Between two heartbeats on the tick lane."""
     read_block_ms: int = 1_000

@@ -54,6 +54,8 @@ class Scheduler:
         self._ticks = Agenda()
         self._wake = asyncio.Event()
         self._heartbeat_at = EpochMs(0)
+        self._round_at = EpochMs(0)
+        """Not before then is the next round of ticks."""
 
     def enter(self, records: Iterable[TimerRecord], *, tick_now: bool) -> None:
         """See `engine.shard.Calendar`."""
@@ -89,6 +91,8 @@ class Scheduler:
 
     def _next_at(self, now: EpochMs) -> EpochMs:
         due_at, tick_at = self._dues.next_at(), self._ticks.next_at()
+        if tick_at is not None:
+            tick_at = max(tick_at, self._round_at)
         candidates = [at for at in (due_at, tick_at) if at is not None]
         return EpochMs(min(now + self._pace.look_again_ms, self._heartbeat_at, *candidates))
 
@@ -103,7 +107,9 @@ class Scheduler:
 
     async def _send_ticks(self, now: EpochMs) -> bool:
         """Send what ticks now, one message per shard; whether more is due already."""
-        due = self._ticks.pop_due(now, PASS_MAX)
+        due = self._ticks.pop_due(now, PASS_MAX) if now >= self._round_at else []
+        if due and self._pace.tick_round_ms:
+            self._round_at = EpochMs(now + self._pace.tick_round_ms)
         lines: dict[int, list[bytes]] = {}
         sent_for: list[EpochMs] = []
         for tick_at, auction_id in due:

@@ -41,6 +41,10 @@ class _IdleMeansLater(selectors.DefaultSelector):  # type: ignore[misc, valid-ty
     turns = 0
     """Turns of the loop since time last passed."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched = self.get_map()
+
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is not None and timeout <= 0:
             self.turns += 1
@@ -63,7 +67,7 @@ class _IdleMeansLater(selectors.DefaultSelector):  # type: ignore[misc, valid-ty
 
     def _look(self) -> list[tuple[selectors.SelectorKey, int]]:
         # The loop's own pipe is always there. Where nothing else is, the kernel need not be asked a million times.
-        return super().select(0) if len(self.get_map()) > 1 else []
+        return super().select(0) if len(self._watched) > 1 else []
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):

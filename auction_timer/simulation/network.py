@@ -47,7 +47,7 @@ RECONNECT_MS: Final = 50
 """How long a caller whose connection broke tries before it says so, at least."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fate:
     """What becomes of one call. Times in ms."""
 

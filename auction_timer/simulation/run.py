@@ -81,6 +81,7 @@ def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> 
     pace = Pace(
         sample_every_s=300.0,
         look_again_ms=60_000,
+        tick_round_ms=300_000,
         heartbeat_ms=60_000,
         observe_every_s=3_600.0,
     )

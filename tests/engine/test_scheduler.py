@@ -20,6 +20,7 @@ from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.policy import Policy
 from engine.metrics import EngineMetrics
+from engine.pace import REALTIME, Pace
 from engine.scheduler import Scheduler
 from engine.store.protocol import StoreUnavailableError
 from tests.fakes.clock import Authority, ManualClock, Timeline
@@ -51,7 +52,7 @@ class HeldShard:
 class Rig:
     """A scheduler on a machine of its own, and everything it publishes."""
 
-    def __init__(self, *, shards: int = 1, drift_ppm: int = 0, seed: int = 1) -> None:
+    def __init__(self, *, shards: int = 1, drift_ppm: int = 0, seed: int = 1, pace: Pace = REALTIME) -> None:
         self.line = Timeline()
         self.authority = Authority(self.line)
         machine = ManualClock(self.line, seed=seed, drift_ppm=drift_ppm)
@@ -71,6 +72,7 @@ class Rig:
             shard_count=shards,
             instance=INSTANCE,
             metrics=EngineMetrics(self.registry),
+            pace=pace,
         )
 
     def keep_in_step(self) -> None:
@@ -406,6 +408,21 @@ def test_a_crowd_of_ticks_is_sent_in_passes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # The heartbeat.
+
+
+def test_rounds_of_ticks_can_be_far_apart() -> None:
+    """What an engine does in a simulated week: ticks wait for the next round, and say what is true then; deadlines do not."""
+    rig = Rig(pace=Pace(tick_round_ms=10_000))
+    rig.hold(auction("a", Status.CLOSING, 35.5, tick_interval_ms=1_000))
+    rig.hold(auction("b", Status.CLOSING, 900))
+    rig.play(36)
+    ticks = rig.ticks("a")
+    assert len(ticks) == 4
+    assert all(after - before >= 10_000 for (before, _), (after, _) in pairwise(ticks))
+    assert all(0 <= when - frame["server_time"] <= 10 for when, frame in ticks)
+    assert rig.ticks("b")
+    ((proposed_at, _),) = rig.fell_due()
+    assert at(35.5) - 1 <= proposed_at <= at(35.5) + 10
 
 
 def test_every_shard_has_a_heartbeat_each_second() -> None:
