@@ -76,7 +76,8 @@ class Tick:
 class Views:
     """One auction, seen from everywhere as of one place in the log.
 
-    `told` is None if the log says nothing of it; `log_whole` whether that is to be believed. `seq` is the place in the log.
+    `told` is None if the log says nothing of it; `log_whole` whether that is to be believed, and `seq` is then the number
+    of the last record that names it.
     """
 
     auction_id: str

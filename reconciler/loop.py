@@ -288,7 +288,7 @@ class Reconciler:
             "drift_found",
             kind=drift.kind,
             shard=drift.shard,
-            auction_id=drift.auction_id,
+            auction_id=drift.auction_id[:EVIDENCE_CHARS_MAX],
             action=finding.action,
             ms_moved=drift.ms_moved,
             correlation_id=finding.correlation_id,
@@ -296,7 +296,7 @@ class Reconciler:
         await self._store.record_reconciliation(
             {
                 "cause": drift.kind.value,
-                "auction_id": drift.auction_id,
+                "auction_id": drift.auction_id[:EVIDENCE_CHARS_MAX],
                 "shard": str(drift.shard),
                 "severity": drift.severity.value,
                 "action": finding.action,

@@ -41,7 +41,8 @@ OVER_KEPT: Final = 4_096
 SUSPECT_KEPT: Final = 1_000
 """Auctions per shard that are over and of which the log tells something unlawful."""
 UNKNOWN_KEPT: Final = 10_000
-"""Ids per shard of which the archive knows nothing either, so that it need not be asked in every pass."""
+"""Ids per shard of which the archive knows nothing either, so that it need not be asked in every pass; and of which the log
+names no state, so that each time they were repaired is told from the next."""
 LISTEN_AGAIN_S: Final = 0.5
 
 log = structlog.get_logger()
@@ -76,10 +77,15 @@ class Ledger:
         self._after = START
         self._ahead: deque[AuditEntry] = deque()
         self._unknown: set[str] = set()
+        self._named: OrderedDict[str, int] = OrderedDict()
 
     def of(self, auction_id: str) -> Told | None:
         """What the log says of an auction."""
         return self.told.get(auction_id) or self._over.get(auction_id)
+
+    def last_named(self, auction_id: str) -> int:
+        """The number of the last record about an auction of which the log does not tell the state; 0 if there is none."""
+        return self._named.get(auction_id, 0)
 
     async def catch_up(self, *, broken_too: bool = True) -> None:
         """Read what the log holds by now: at first all of it, afterwards what is new.
@@ -165,6 +171,11 @@ class Ledger:
             self.whole = False  # by a version that did not record what a registration froze
         self._unknown.discard(auction_id)
         self._keep(auction_id, told)
+        if told is None:
+            self._named[auction_id] = self.chain.seq
+            self._named.move_to_end(auction_id)
+            if len(self._named) > UNKNOWN_KEPT:
+                self._named.popitem(last=False)
 
     def _keep(self, auction_id: str, told: Told | None) -> None:
         self.told.pop(auction_id, None)
@@ -321,7 +332,9 @@ class ShardEye:
             for auction_id, standing in observed.standings.items():
                 told = await self.ledger.look_up(auction_id) if whole else None
                 known = whole and self.ledger.whole
-                found.append(Views(auction_id, standing, told, ticks[auction_id], known, observed.chain.seq))
+                found.append(
+                    Views(auction_id, standing, told, ticks[auction_id], known, self.ledger.last_named(auction_id))
+                )
             yield observed, found
             await asyncio.sleep(0)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from engine.contract.intake import Actor, CommandType, Context, Correct, IntakeEvent, encode
+from engine.contract.intake import AUCTION_ID, Actor, CommandType, Context, Correct, IntakeEvent, encode
 from engine.contract.timers import TimerRecord, to_fields
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.protocol import Draft
@@ -77,7 +77,8 @@ def plan(drifts: Sequence[Drift], views: Mapping[str, Views], repairs_max: int) 
 
 
 def _is_reported(drift: Drift) -> bool:
-    return drift.is_over or drift.kind in REPORTED_ONLY
+    # What can be no auction's id can be in no event either.
+    return drift.is_over or drift.kind in REPORTED_ONLY or AUCTION_ID.fullmatch(drift.auction_id) is None
 
 
 def _repair(drifts: Sequence[Drift], views: Views) -> Repair:
@@ -92,9 +93,11 @@ def _repair(drifts: Sequence[Drift], views: Views) -> Repair:
         unknown=views.told is None and views.log_whole,
     )
     # The same finding asks for the same event, which the intake knows again: an engine that is away finds one, not one
-    # of each pass. Once it is applied the log has one record more, so the next damage has an id of its own.
+    # of each pass. Once it is applied the log has one record more about the auction, so the next damage has an id of its own.
     seq = views.told.seq if views.told is not None else views.seq
-    shown = repr((views.auction_id, seq, [(drift.kind, drift.before, drift.after) for drift in drifts]))
+    shown = repr(
+        (views.auction_id, seq, order.found_version, [(each.kind, each.before, each.after) for each in drifts])
+    )
     event_id = f"repair-{sha256(shown.encode()).hexdigest()[:32]}"
     trace_id = views.told.record.trace_id if views.told is not None else event_id
     correlation_id = f"rec-{event_id.removeprefix('repair-')}"

@@ -9,6 +9,7 @@ import orjson
 import pytest
 from prometheus_client import CollectorRegistry
 
+from engine.contract.audit import chained
 from engine.contract.timers import checksum, heartbeat_line, tick_line
 from engine.domain.instants import HOUR_MS, EpochMs
 from engine.store.archive import AuditArchive
@@ -336,6 +337,35 @@ async def test_an_entry_of_nobody_is_removed(rig: Rig) -> None:
     assert kinds(await rig.mend()) == [("entry_extra", "nobody", "requested")]
     assert "nobody" not in rig.deadlines()
     assert rig.world.shard.audit[-1]["event_type"] == "deadline_entry_removed"
+
+
+async def test_an_entry_of_nobody_is_asked_for_once_and_each_time_anew(rig: Rig) -> None:
+    """However far the log moves on meanwhile it is one event; once it was removed, the same entry is another finding."""
+    rig.deadlines()["nobody"] = at(5_000)
+    assert kinds(await rig.look()) == [("entry_extra", "nobody", "requested")]
+    more = {name: value for name, value in rig.world.shard.audit[-1].items() if name != "hash"}
+    more |= {"auction_id": "active", "event_type": "bid_accepted"}
+    rig.world.shard.chain, linked = chained(rig.world.shard.chain, more)
+    rig.world.shard.audit.append(linked)
+    assert kinds(await rig.look()) == [("entry_extra", "nobody", "pending")]
+    rig.worker = await Worker(rig.world, name="worker-3").begin()
+    await rig.worker.work()
+    assert "nobody" not in rig.deadlines()
+    rig.deadlines()["nobody"] = at(5_000)
+    assert kinds(await rig.mend()) == [("entry_extra", "nobody", "requested")]
+    assert "nobody" not in rig.deadlines()
+
+
+@pytest.mark.parametrize("member", ["", "bad id\n", "x" * 5_000])
+async def test_an_entry_that_can_be_no_auction_is_reported_once(rig: Rig, member: str) -> None:
+    """Whatever happens meanwhile, it is written down and counted once, and nothing waits in troubleshooting for it."""
+    rig.deadlines()[member] = at(5_000)
+    for number in range(3):
+        await rig.world.append(bid("active", f"b-{number}"))
+        assert kinds(await rig.mend()) == [("entry_extra", member, "reported")]
+    assert len(rig.world.store.reconciliations) == 1
+    assert rig.world.parked() == {}
+    assert rig.registry.get_sample_value("auctions_timer_corrections_total", {"kind": "entry_extra"}) == 1
 
 
 async def test_an_edited_version_does_not_decide(rig: Rig) -> None:

@@ -63,6 +63,13 @@ def test_the_same_finding_asks_for_the_same_event() -> None:
     assert one.draft.event_id == same.draft.event_id != later.draft.event_id
 
 
+@pytest.mark.parametrize("member", ["", "bad id\n", "x" * 5_000])
+def test_what_can_be_no_auction_is_reported(member: str) -> None:
+    """No event could name it, so none is asked for, which would wait in troubleshooting."""
+    made = plan([drift(member, DriftKind.ENTRY_EXTRA)], {member: seen(member)}, 10)
+    assert (made.repairs, [each.auction_id for each in made.reported]) == ((), [member])
+
+
 def test_repairs_are_bounded_and_severe_ones_come_first() -> None:
     """What is over the bound waits for the next pass."""
     drifts = [drift(f"n-{number}", severity=Severity.NOTICE) for number in range(3)] + [drift("s")]
