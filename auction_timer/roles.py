@@ -7,6 +7,7 @@ gateway's libraries are loaded.
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -115,7 +116,9 @@ def gateway(settings: Settings, *, parent: int | None = None, fd: int | None = N
     async def work() -> None:
         checked = usable(settings, Role.GATEWAY)
         listener = socket.socket(fileno=fd) if fd is not None else listen(checked.host, checked.port)
-        await app.serve(checked, CollectorRegistry(), listener)
+        await app.serve(
+            checked, CollectorRegistry(), listener, is_orphan=lambda: parent is not None and os.getppid() != parent
+        )
 
     return run("gateway", settings, work, parent=parent)
 

@@ -63,11 +63,21 @@ def _embedded(settings: Settings) -> EmbeddedServer | None:
     """The embedded server; None where the settings name a Redis."""
     if settings.redis_url is not None:
         return None
-    return EmbeddedServer(data_dir_of(settings), find_server_binary(settings.server_binary), on_progress=_tell)
+    return EmbeddedServer(data_dir_of(settings), find_server_binary(settings.server_binary), on_progress=_Told())
 
 
-def _tell(progress: StartProgress) -> None:
-    log.info("store_starting", state=progress.state, loaded_percent=progress.loaded_percent)
+class _Told:
+    """Tells how the start of the store goes on: when something is new, not at every look."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int | None] | None = None
+
+    def __call__(self, progress: StartProgress) -> None:
+        percent = progress.loaded_percent
+        tens = None if percent is None else int(percent // 10)
+        if (progress.state, tens) != self._last:
+            self._last = (progress.state, tens)
+            log.info("store_starting", state=progress.state, loaded_percent=percent)
 
 
 async def _roles(

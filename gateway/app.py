@@ -270,10 +270,13 @@ class _Server(uvicorn.Server):
     The first one drains, and ends a start that still waits for its store. The next one ends the wait of the drain.
     """
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_within_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, gateway: Gateway, drain_within_s: float, is_orphan: Callable[[], bool]
+    ) -> None:
         super().__init__(config)
         self._gateway = gateway
         self._drain_within_s = drain_within_s
+        self._is_orphan = is_orphan
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -287,8 +290,8 @@ class _Server(uvicorn.Server):
     def _drain(self) -> None:
         self.should_exit = True
         hurry = self._gateway.hurried.set
-        if not self.started:
-            hurry()
+        if not self.started or self._is_orphan():
+            hurry()  # nobody closes auctions for an orphan: its engine and its store have gone with their parent
         asyncio.get_running_loop().call_later(SAME_SIGNAL_S, self._on_signal, hurry)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -301,8 +304,16 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def serve(settings: Settings, registry: CollectorRegistry, listener: socket.socket) -> None:
+async def serve(
+    settings: Settings,
+    registry: CollectorRegistry,
+    listener: socket.socket,
+    *,
+    is_orphan: Callable[[], bool] = lambda: False,
+) -> None:
     """Run a gateway against `settings.redis_url` on a bound socket until SIGTERM or SIGINT, then drain.
+
+    `is_orphan`: whether the signal has come because the stack that this gateway is part of was killed.
 
     Raises:
         RedisUrlError: the URL cannot be understood.
@@ -334,7 +345,7 @@ async def serve(settings: Settings, registry: CollectorRegistry, listener: socke
     host, port = listener.getsockname()[:2]
     log.info("gateway_starting", host=host, port=port, shards=settings.shards)
     try:
-        await _Server(config, gateway, settings.drain_ms / 1_000).serve(sockets=[listener])
+        await _Server(config, gateway, settings.drain_ms / 1_000, is_orphan).serve(sockets=[listener])
     finally:
         await link.close()
     log.info("gateway_stopped")

@@ -52,13 +52,18 @@ def test_children_are_named_and_none_is_left(short_tmp: Path) -> None:
 
 
 def test_a_killed_serve_takes_everything_with_it(short_tmp: Path) -> None:
-    """SIGKILL of the parent leaves no engine, no gateway, no reconciler and no store behind."""
-    stack = LiveStack(short_tmp)
+    """SIGKILL of the parent leaves no engine, no gateway, no reconciler and no store, whoever watches a last minute."""
+    stack = LiveStack(short_tmp, env={"AUCTION_TIMER_DRAIN_MS": "60000"})
     children = list(children_of(stack.process.pid))
-    os.kill(stack.process.pid, signal.SIGKILL)
-    stack.process.wait()
     try:
-        until(lambda: not any(alive(pid) for pid in children), "every child is gone")
+        auction_id, now = fresh_id(), now_of(stack)
+        stack.post(started(auction_id, now, now + 55_000))
+        stack.until_status(auction_id, "CLOSING")
+        with connect(f"{stack.url.replace('http', 'ws')}/auctions/{auction_id}/updates") as watcher:
+            watcher.recv()
+            os.kill(stack.process.pid, signal.SIGKILL)
+            stack.process.wait()
+            until(lambda: not any(alive(pid) for pid in children), "every child is gone")
     finally:
         stack.stop()
 
