@@ -32,6 +32,7 @@ from engine.store.protocol import StoreError
 from gateway.auth import LOCAL
 from gateway.closing import CloseCode
 from gateway.correlation import HEADER, correlation_id_of
+from gateway.hub import Entrance
 from gateway.problems import MEDIA_TYPE, Problem, ProblemType, problem_body, unavailable
 from gateway.room import Room, text_frame
 from gateway.tokens import Tokens, authenticate, chosen_subprotocol, handshake_token
@@ -219,16 +220,16 @@ class Connection(asyncio.Protocol):
             return
         # An empty one is a cursor that leads nowhere, not none: whoever brings it believes that it was here before.
         since = parse_qs(query, keep_blank_values=True).get("since", [None])[-1]
-        room = self.door.hub.known(auction_id)
-        if room is not None:
-            self._accept(request, room, since)
+        entrance = self.door.hub.entrance_now(auction_id, since)
+        if entrance is not None:
+            self._accept(request, entrance)
         else:
-            self.door.spawn(self._load_and_accept(request, auction_id, since))
+            self.door.spawn(self._wait_and_accept(request, auction_id, since))
 
-    async def _load_and_accept(self, request: Request, auction_id: str, since: str | None) -> None:
-        room, refused = None, Problem(ProblemType.RESOURCE_NOT_FOUND, f"no auction {auction_id}")
+    async def _wait_and_accept(self, request: Request, auction_id: str, since: str | None) -> None:
+        entrance, refused = None, Problem(ProblemType.RESOURCE_NOT_FOUND, f"no auction {auction_id}")
         try:
-            room = await self.door.hub.room(auction_id)
+            entrance = await self.door.hub.entrance(auction_id, since)
         except StoreError:
             refused = unavailable("the auction cannot be read now; try again")
         except CorruptTimerError:
@@ -236,12 +237,12 @@ class Connection(asyncio.Protocol):
             refused = Problem(ProblemType.INTERNAL_ERROR, "a fault of ours; report it with the correlation id")
         if self.transport.is_closing():
             return
-        if room is None:
+        if entrance is None:
             self._reject(request, refused)
         else:
-            self._accept(request, room, since)
+            self._accept(request, entrance)
 
-    def _accept(self, request: Request, room: Room, since: str | None) -> None:
+    def _accept(self, request: Request, entrance: Entrance) -> None:
         response = self.ws.accept(request)
         if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
             response.headers["Sec-WebSocket-Version"] = "13"  # RFC 6455, section 4.4: what would have been understood
@@ -253,10 +254,9 @@ class Connection(asyncio.Protocol):
             self._cut_soon()
             return
         self.door.metrics.handshake("accepted")
-        self.room = room
+        room = self.room = entrance.room
         room.writable.add(self)
-        # One write: what a client missed may be hundreds of frames.
-        self.transport.write(b"".join(frame.socket for frame in self.door.hub.greeting(room, since)))
+        self.transport.writelines(self.door.hub.greeting(room, entrance.since, entrance.recalled).socket)
         if room.is_over:
             self.door.on_over(room)
 

@@ -20,7 +20,6 @@ ended, is answered 204, upon which it stops (section 9.2.5).
 """
 
 import asyncio
-import contextlib
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,9 +34,11 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request as Handshake
 
 from engine.domain.instants import SECOND_MS
+from engine.store.protocol import StoreError
 from gateway.auth import Principal, principal_of
 from gateway.closing import CloseCode
-from gateway.command_routes import room_of
+from gateway.command_routes import away, room_of, unknown_auction
+from gateway.replay import Greeting
 from gateway.room import Frame, Room
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ RETRY_MS: Final = (500, 3_500)
 """When a stream that broke is opened again, at the earliest and at the latest."""
 HEARTBEAT: Final = b":\n\n"
 HEARTBEAT_S: Final = 10.0
-"""Silence after which a heartbeat is written: well within the 15 s after which a client may suspect its connection."""
+"""Silence after which a heartbeat is written: well before a client may suspect its connection (`heartbeat_ms`)."""
+LOOK_EVERY_S: Final = 1.0
 CLOSE: Final = "close"
 
 
@@ -74,15 +76,14 @@ def farewell_text(code: CloseCode, reason: str) -> bytes:
     return b"event: close\ndata: %b\n\n" % orjson.dumps({"type": CLOSE, "code": code.value, "reason": reason})
 
 
-def greeting_text(frames: list[Frame], retry_ms: int) -> bytes:
+def greeting_text(greeting: Greeting, retry_ms: int) -> bytes:
     """The first bytes: when to come back, the snapshot, what was missed.
 
     A snapshot stands at the end of what follows it. Its cursor would skip that, if the stream broke in between; so where
     something follows it has no id.
     """
-    snapshot, *missed = frames
-    first = event_text(snapshot, with_id=not missed)
-    return b"".join([b"retry: %d\n\n" % retry_ms, first, *map(event_text, missed)])
+    missed = greeting.missed.joined(event_text)
+    return b"retry: %d\n\n%b%b" % (retry_ms, event_text(greeting.snapshot, with_id=not missed), missed)
 
 
 class EventStream:
@@ -90,9 +91,13 @@ class EventStream:
 
     __slots__ = (
         "_door",
+        "_is_writing",
+        "_looking",
+        "_looks",
         "_news",
         "_outbox",
         "_outbox_bytes",
+        "_patience",
         "_tick",
         "address",
         "is_closed",
@@ -114,6 +119,11 @@ class EventStream:
         self._outbox_bytes = 0
         self._tick: bytes | None = None
         self._news = asyncio.Event()
+        self._is_writing = False
+        self._looks = 0
+        """How often it was looked at since the last write began."""
+        self._looking: asyncio.TimerHandle
+        self._patience: asyncio.Timeout
 
     def enter(self, room: Room, greeting: bytes) -> None:
         """Watch a room from now on; the greeting says how it stands now."""
@@ -165,18 +175,21 @@ class EventStream:
 
     async def write(self, send: Send) -> bool:
         """Write until the stream is closed or the client gone; False if it did not read within the bound."""
-        within_s = self._door.outbox_age_max_ms / SECOND_MS
-        while not self.is_gone:
-            is_last, chunk = self.is_closed, self._take()
-            try:
-                async with asyncio.timeout(within_s):
+        self._look_soon()
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                while not self.is_gone:
+                    is_last, chunk = self.is_closed, self._take()
+                    self._looks, self._is_writing = 0, True
                     await send({"type": "http.response.body", "body": chunk, "more_body": not is_last})
-            except TimeoutError:
-                self.close(CloseCode.SLOW_CONSUMER, "")
-                return False
-            if is_last:
-                break
-            await self._wait()
+                    self._is_writing = False
+                    if is_last:
+                        break
+                    await self._news.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._looking.cancel()
         return True
 
     def _take(self) -> bytes:
@@ -188,10 +201,24 @@ class EventStream:
             self._tick = None
         return b"".join(kept) or HEARTBEAT
 
-    async def _wait(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HEARTBEAT_S):
-                await self._news.wait()
+    def _look(self) -> None:
+        """See that what is written is taken, and that something is. A deadline for each write would cost a tenth of it.
+
+        Time is counted in looks: while the process is stopped nobody can read from it, and none is counted.
+        """
+        self._looks += 1
+        since_s = self._looks * LOOK_EVERY_S
+        if not self._is_writing:
+            if since_s >= HEARTBEAT_S:
+                self._news.set()
+        elif since_s > self._door.outbox_age_max_ms / SECOND_MS:
+            self.close(CloseCode.SLOW_CONSUMER, "")
+            self._patience.reschedule(0.0)
+            return
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        self._looking = asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look)
 
 
 class EventStreamResponse:
@@ -263,17 +290,25 @@ class EventStreamRoutes:
         refused = door.refuse(stream, _handshake(request))
         if refused is not None:
             raise refused
-        room = await room_of(door.hub, request.path_params["auction_id"])
+        auction_id = request.path_params["auction_id"]
+        await room_of(door.hub, auction_id)
         if request.method == "HEAD":
             return Response(headers=HEADERS)
         # The header first: a browser that comes back sends it, and the `since` of its first address still.
         since = request.headers.get("last-event-id") or request.query_params.get("since")
-        frames = door.hub.greeting(room, since)
+        try:
+            entrance = await door.hub.entrance(auction_id, since)
+        except StoreError:
+            raise away() from None
+        if entrance is None:  # a failover has taken it back while we waited
+            raise unknown_auction(auction_id)
+        room = entrance.room
+        greeting = door.hub.greeting(room, since, entrance.recalled)
         if room.is_over:
-            if len(frames) == 1 and orjson.loads(frames[0].payload)["recovered"]:
+            if greeting.recovered and not greeting.missed.events:
                 return Response(status_code=204, headers={"Cache-Control": "no-store"})
             door.on_over(room)
-        stream.enter(room, greeting_text(frames, random.randint(*RETRY_MS)))  # noqa: S311 - spreads load, protects nothing
+        stream.enter(room, greeting_text(greeting, random.randint(*RETRY_MS)))  # noqa: S311 - spreads load, protects nothing
         return EventStreamResponse(door, stream)
 
 

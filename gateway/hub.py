@@ -7,8 +7,10 @@ that reconnect, and a thousand clients that poll, cost Redis one read in all.
 
 import asyncio
 import contextlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
@@ -24,13 +26,19 @@ from engine.store.protocol import UpdateEntry, ViewStore
 from gateway.closing import CloseCode
 from gateway.fanout import Fanout
 from gateway.metrics import EVENT_LANE, TICK_LANE, GatewayMetrics
-from gateway.ring import Ring
+from gateway.recall import Recall, Recalled
+from gateway.replay import NOTHING, Greeting, Stretch, Stretches, Turns, is_too_much
+from gateway.ring import Event, Ring
 from gateway.room import Frame, Room
 
 ROOMS_MAX: Final = 50_000
 """Auctions remembered; the longest unused ones that nobody watches are forgotten. About 2 kB each."""
-REPLAY_BYTES_MAX: Final = 1_048_576
-"""What is replayed to one client at once. One that missed more is told so, and starts from the snapshot."""
+REPLAY_TURN: Final = 8_388_608
+"""What resumes may cost in one pass of the event loop, counted in bytes that are written: about 5 ms."""
+GREETING_COST: Final = 131_072
+FRAME_COST: Final = 65_536
+"""A snapshot takes as long as the writing of so many bytes, and a frame that nobody was sent before as long as of so many."""
+FRAMES_AT_ONCE: Final = 32
 CATCH_UP_S: Final = 0.5
 """A room that was loaded ahead of the event lane is opened when the lane was read so far: some ms, at most this."""
 ANNOUNCE_AT_MS: Final = (600_000, 300_000, 60_000, 10_000)
@@ -38,7 +46,25 @@ ANNOUNCE_AT_MS: Final = (600_000, 300_000, 60_000, 10_000)
 HEARTBEAT_MS: Final = 20_000
 """A client that hears nothing for this long, not even a tick, may suspect its connection. Ticks are 15 s apart at most."""
 
+STAMP: Final = re.compile(rb'"server_time":([0-9]{1,16})')
+STAMP_WITHIN: Final = 256
+"""It stands behind the type and the id of the auction."""
+
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """Where somebody may come in, and with what: to be greeted before the event loop passes on.
+
+    Attributes:
+        since: the cursor that was brought.
+        recalled: what was looked up for it.
+    """
+
+    room: Room
+    since: str | None
+    recalled: Recalled | None = None
 
 
 class Hub:
@@ -50,8 +76,11 @@ class Hub:
         self._metrics = metrics
         self._rooms: OrderedDict[bytes, Room] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Room | None]] = {}
-        self._held: dict[str, list[UpdateEntry]] = {}
+        self._held: dict[str, list[tuple[UpdateEntry, Event]]] = {}
         self._rings = {shard: Ring() for shard in range(shards)}
+        self._recall = Recall(store, self._rings)
+        self._stretches = Stretches()
+        self._turns = Turns(REPLAY_TURN)
         self.clock = clock
         self.fanout = Fanout(metrics.conflated_ticks.inc)
         self._moved = asyncio.Event()
@@ -120,8 +149,8 @@ class Hub:
         room.show(timer(view.record, self.clock.now_ms(), None))
         self._rooms[auction_id.encode()] = room
         # What came while we were asking: part of the view, or newer than it.
-        for entry in held:
-            self._apply(room, entry)
+        for entry, event in held:
+            self._apply(room, entry, event)
         self._forget_unused()
         return room
 
@@ -193,66 +222,142 @@ class Hub:
             if not is_frame(entry.type):
                 ring.pass_by(entry.stream_id)
                 continue
-            ring.append(entry)
+            event = Event(entry)
+            ring.append(event)
             if (held := self._held.get(entry.auction_id)) is not None:
-                held.append(entry)
+                held.append((entry, event))
             room = self._rooms.get(entry.auction_id.encode())
             if room is not None:
-                self._apply(room, entry)
+                self._apply(room, entry, event)
         self.fanout.write()
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    def _apply(self, room: Room, entry: UpdateEntry) -> None:
-        if stream_order(entry.stream_id) <= room.loaded_order:
+    def _apply(self, room: Room, entry: UpdateEntry, event: Event) -> None:
+        if event.order <= room.loaded_order:
             return
-        body = self._body(room.shard, entry)
+        body = self._body(room.shard, event.order, entry.body)
         if body is None:
+            event.become(None)
             return
         was_over = room.is_over
         if "timer" in body:
             room.show(body["timer"])
         if room.is_watched:
             frame = Frame(orjson.dumps(body), body["cursor"])
-            self.fanout.send(room, frame, is_tick=False, done=self._observed(EVENT_LANE, body["committed_at"]))
+            event.become(frame)
+            self.fanout.send(room, frame, is_tick=False, done=self._delivered(EVENT_LANE, body["committed_at"]))
         if room.is_over and not was_over:
             self.on_over(room)
 
-    def _observed(self, lane: str, since: int) -> Callable[[], None]:
+    def _delivered(self, lane: str, since: int) -> Callable[[], None]:
         """Measure, when a fan-out is done, how long it has taken since a server time."""
         return lambda: self._metrics.delivery_ms[lane].observe(max(0, self.clock.now_ms() - since))
 
-    def _body(self, shard: int, entry: UpdateEntry) -> dict[str, Any] | None:
-        """An entry as the frame that is sent now: with its cursor, and the time of sending."""
+    def _body(self, shard: int, place: tuple[int, int], written: bytes) -> dict[str, Any] | None:
+        """An entry as the frame that is made now: with its cursor, and the time of making."""
         now = self.clock.now_ms()
-        cursor = str(Cursor(shard, entry.stream_id))
+        cursor = _cursor(shard, place)
         try:
-            body: dict[str, Any] = orjson.loads(entry.body)
+            body: dict[str, Any] = orjson.loads(written)
             body["committed_at"] = body.get("server_time", now)
             body["cursor"] = cursor
             body["server_time"] = now
             if "timer" in body:
                 body["timer"] = as_of(body["timer"], now, cursor)
         except (ValueError, TypeError, KeyError, AttributeError):
-            log.exception("update_unreadable", shard=shard, stream_id=entry.stream_id)
+            log.exception("update_unreadable", shard=shard, cursor=cursor)
             return None
         return body
 
-    # What a socket is told first.
+    # Coming in.
+
+    def entrance_now(self, auction_id: str, since: str | None) -> Entrance | None:
+        """Where somebody may come in; None if that must be waited for."""
+        room = self.known(auction_id)
+        if room is None:
+            return None
+        if since is None:
+            return Entrance(room, None)
+        if self._is_forgotten(room.shard, self._place(room, since)):
+            return None
+        missed = self._missed(room, since, None)
+        frames = len(missed.unmade) if missed is not None else 0
+        if frames > FRAMES_AT_ONCE or not self._turns.take(_cost(missed) + frames * FRAME_COST):
+            return None
+        return Entrance(room, since)
+
+    async def entrance(self, auction_id: str, since: str | None) -> Entrance | None:
+        """Where somebody may come in, when it is its turn and what it missed is in memory; None if there is no such auction.
+
+        Raises:
+            StoreUnavailableError: the auction is not in memory, and Redis does not answer.
+        """
+        while (room := await self.room(auction_id)) is not None:
+            if since is None:
+                return Entrance(room, None)
+            recalled, behind = None, self._place(room, since)
+            if behind is not None and self._is_forgotten(room.shard, behind):
+                recalled = await self._recall.events(room.shard, auction_id, behind)
+            missed = self._missed(room, since, recalled)
+            while missed is not None and missed.unmade:
+                await self._turns.taken(FRAMES_AT_ONCE * FRAME_COST)
+                self._make(room.shard, missed, FRAMES_AT_ONCE)
+            await self._turns.taken(_cost(missed))
+            if self.known(auction_id) is room:
+                return Entrance(room, since, recalled)
+        return None
+
+    def _is_forgotten(self, shard: int, behind: tuple[int, int] | None) -> bool:
+        """Whether a place is older than what is remembered, so that it must be looked up."""
+        return behind is not None and behind < self._rings[shard].complete_from and not self.stale()
+
+    def _place(self, room: Room, since: str | None) -> tuple[int, int] | None:
+        """The place that a cursor names; None if nothing can be promised from there."""
+        cursor = None if since is None else Cursor.parse(since)
+        if cursor is None or cursor.shard != room.shard:
+            return None
+        place = stream_order(cursor.stream_id)
+        position = stream_order(self.positions[room.shard])
+        # A room that was loaded ahead of the lane is not sent what lies between: until that is read, nothing can be promised.
+        return None if place > position or room.loaded_order > position else place
+
+    def _missed(self, room: Room, since: str | None, recalled: Recalled | None) -> Stretch | None:
+        """The events of an auction behind a cursor; None if they are not all known, or too many."""
+        behind, older = self._place(room, since), list[Event]()
+        if behind is None:
+            return None
+        ring = self._rings[room.shard]
+        if recalled is not None and recalled.history == ring.histories:
+            behind, older = recalled.upto, recalled.events
+        newer = ring.since(room.auction_id, behind)
+        if newer is None:
+            return None
+        missed = self._stretches.of(older + newer)
+        return None if is_too_much(missed.size) else missed
+
+    def _make(self, shard: int, stretch: Stretch, count: int) -> None:
+        """Make the next of a stretch into frames, unless somebody has meanwhile."""
+        for event in stretch.unmade[-count:]:
+            if event.body is not None:
+                body = self._body(shard, event.order, event.body)
+                event.become(None if body is None else Frame(orjson.dumps(body), body["cursor"]))
+        del stretch.unmade[-count:]
 
     def timer(self, room: Room) -> dict[str, Any]:
         """The auction's timer as of now."""
         # A room that is ahead of the lane is not sent what lies between.
         place = max(stream_order(self.positions[room.shard]), room.loaded_order)
-        cursor = str(Cursor(room.shard, f"{place[0]}-{place[1]}"))
-        return as_of(room.timer, self.clock.now_ms(), cursor, stale=self.stale())
+        return as_of(room.timer, self.clock.now_ms(), _cursor(room.shard, place), stale=self.stale())
 
-    def greeting(self, room: Room, since: str | None) -> list[Frame]:
-        """The first frames for a socket: the snapshot, then what it missed since its cursor, if that is still known."""
-        missed = None if since is None else self._missed(room, since)
+    def greeting(self, room: Room, since: str | None, recalled: Recalled | None = None) -> Greeting:
+        """The first frames for a client: the snapshot, then what it missed since its cursor, if that is still known."""
+        missed = self._missed(room, since, recalled)
         recovered = None if since is None else missed is not None
         if recovered is not None:
             self._metrics.resumes[recovered].inc()
+        if missed is not None:
+            self._make(room.shard, missed, len(missed.unmade))
         view = self.timer(room)
         snapshot = {
             "type": "timer.snapshot",
@@ -265,56 +370,48 @@ class Hub:
             "heartbeat_ms": HEARTBEAT_MS,
             "announce_at_ms": ANNOUNCE_AT_MS,
         }
-        return [Frame(orjson.dumps(snapshot), view["cursor"]), *(missed or ())]
-
-    def _missed(self, room: Room, since: str) -> list[Frame] | None:
-        """The events of an auction behind a cursor; None if they are not all remembered."""
-        cursor = Cursor.parse(since)
-        if cursor is None or cursor.shard != room.shard:
-            return None
-        behind = stream_order(cursor.stream_id)
-        position = stream_order(self.positions[room.shard])
-        # A room that was loaded ahead of the lane is not sent what lies between: until that is read, nothing can be promised.
-        if behind > position or room.loaded_order > position:
-            return None
-        entries = self._rings[room.shard].since(room.auction_id, behind)
-        if entries is None or sum(len(entry.body) for entry in entries) > REPLAY_BYTES_MAX:
-            return None
-        bodies = [self._body(room.shard, entry) for entry in entries]
-        return [Frame(orjson.dumps(body), body["cursor"]) for body in bodies if body is not None]
+        return Greeting(Frame(orjson.dumps(snapshot), view["cursor"]), recovered, missed or NOTHING)
 
     # The tick lane.
 
     def on_ticks(self, shard: int, payload: bytes) -> None:
-        """Take one message of the tick lane: lines that are split and passed on, never parsed."""
-        rooms, sent_at = self._rooms, None
+        """Take one message of the tick lane: lines that are split and passed on, never parsed.
+
+        But for the stamp of the first that somebody watches: the lines of a message were made together.
+        """
+        rooms, done = self._rooms, None
         for line in payload.split(b"\n"):
             auction_id, _, rest = line.partition(b" ")
             if auction_id == b"!":
-                with contextlib.suppress(ValueError):
-                    sent_at = int(rest.rpartition(b" ")[2])
+                if rest.rpartition(b" ")[2].isdigit():
+                    self.engine_seen[shard] = self.clock.now_ms()
                 continue
             room = rooms.get(auction_id)
             if room is not None and room.is_watched:
-                version, _, payload_of_tick = rest.partition(b" ")
+                version, _, tick = rest.partition(b" ")
                 if version.isdigit():
-                    self.tick(room, int(version), payload_of_tick)
+                    done = done or self._tick_delivered(tick)
+                    self.tick(room, int(version), tick, done)
         self.fanout.write()
-        if sent_at is not None:
-            self._hear(shard, sent_at)
 
-    def tick(self, room: Room, version: int, payload: bytes) -> None:
+    def _tick_delivered(self, tick: bytes) -> Callable[[], None] | None:
+        stamp = STAMP.search(tick, 0, STAMP_WITHIN)
+        return None if stamp is None else self._delivered(TICK_LANE, int(stamp[1]))
+
+    def tick(self, room: Room, version: int, payload: bytes, done: Callable[[], None] | None = None) -> None:
         """Send a tick to a room at the next `fanout.write`, unless the event lane already told something newer.
 
         Or is telling it: an event has the whole timer, and a second write to each of a crowd would say nothing new.
         """
         if version == room.version and self.fanout.is_telling(room):
-            self._metrics.conflated_ticks.inc(len(room.writable) + len(room.lagging))
+            self._metrics.conflated_ticks.inc(len(room.writable) + len(room.lagging) + len(room.streams))
         elif version >= room.version:
-            self.fanout.send(room, Frame(payload), is_tick=True)
+            self.fanout.send(room, Frame(payload), is_tick=True, done=done)
 
-    def _hear(self, shard: int, sent_at: int) -> None:
-        now = self.clock.now_ms()
-        self.engine_seen[shard] = now
-        # As long as the heartbeat, the ticks of its message have taken.
-        self._metrics.delivery_ms[TICK_LANE].observe(max(0, now - sent_at))
+
+def _cursor(shard: int, place: tuple[int, int]) -> str:
+    return str(Cursor(shard, f"{place[0]}-{place[1]}"))
+
+
+def _cost(missed: Stretch | None) -> int:
+    return GREETING_COST + (missed.size if missed is not None else 0)

@@ -29,19 +29,18 @@ class Frame:
         cursor: of an event-lane frame; None of a tick.
     """
 
-    __slots__ = ("_socket", "cursor", "payload")
+    __slots__ = ("_head", "cursor", "socket")
 
     def __init__(self, payload: bytes, cursor: str | None = None) -> None:
-        self.payload = payload
         self.cursor = cursor
-        self._socket: bytes | None = None
+        self.socket = text_frame(payload)
+        """The frame as it is written to a socket. It is kept in this form only: a ring holds ten thousand."""
+        self._head = len(self.socket) - len(payload)
 
     @property
-    def socket(self) -> bytes:
-        """The frame as it is written to a socket."""
-        if self._socket is None:
-            self._socket = text_frame(self.payload)
-        return self._socket
+    def payload(self) -> bytes:
+        """The JSON object."""
+        return self.socket[self._head :]
 
 
 class Stream(Protocol):
@@ -111,14 +110,6 @@ class Room:
         if timer["version"] >= self.version:
             self.timer = timer
             self.version = timer["version"]
-
-    def deliver_to_streams(self, frame: "Frame", *, is_tick: bool) -> None:
-        """Give a frame to those who are no sockets."""
-        for stream in self.streams.copy():
-            if is_tick:
-                stream.tick(frame)
-            else:
-                stream.event(frame)
 
     def everyone(self) -> list[Subscriber | Stream]:
         """Who is here, whichever way they watch."""

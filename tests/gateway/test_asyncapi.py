@@ -128,7 +128,7 @@ async def test_whatever_a_decision_announces_is_described(fact: Fact) -> None:
     frames = told(listener.sent)
     assert [frame["type"] for frame in frames] == [entry.type for entry in entries if is_frame(entry.type)]
     house.hub.on_ticks(0, tick_line(standing, house.clock.now_ms()))
-    for frame in [*told(listener.sent), orjson.loads(house.hub.greeting(room, None)[0].payload)]:
+    for frame in [*told(listener.sent), orjson.loads(house.hub.greeting(room, None).snapshot.payload)]:
         assert faults_of(frame) == []
 
 
@@ -145,7 +145,7 @@ async def test_what_a_gateway_says_by_itself_is_described() -> None:
     await house.hub.reload(0, "failover")
     frames = [
         *told(listener.sent),
-        *(orjson.loads(house.hub.greeting(room, since)[0].payload) for since in ("0.0-0", "x")),
+        *(orjson.loads(house.hub.greeting(room, since).snapshot.payload) for since in ("0.0-0", "x")),
     ]
     assert [frame["type"] for frame in frames] == ["timer.tick", "timer.resynced", "timer.snapshot", "timer.snapshot"]
     assert frames[0]["stale"] is True

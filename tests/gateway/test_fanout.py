@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from gateway import fanout as fanout_module
 from gateway.closing import CloseCode
-from gateway.fanout import TURN, Fanout
+from gateway.fanout import STREAM_WRITES, TURN, Fanout
 from gateway.room import Frame, Room
 from tests.gateway.house import Listener, payload, split
 
@@ -335,19 +334,103 @@ class Reader:
         raise AssertionError("nobody says farewell here")
 
 
-async def test_streams_get_every_frame_once_and_in_order_however_crowded_the_room_is() -> None:
-    """Who is no socket bounds itself: it is told at once, by the direct way and beside a queue."""
+def readers(room: Room, count: int) -> list[Reader]:
+    """So many event streams that watch a room from now on."""
+    made = [Reader() for _ in range(count)]
+    room.streams.update(made)
+    return made
+
+
+async def test_a_few_streams_are_told_at_once() -> None:
+    """Like a small room of sockets; ticks before an event are left out, and what is done is done when they have it."""
+    fanout, conflated = counting()
+    room = Room("quiet", 0)
+    few = readers(room, 5)
+    done: list[str] = []
+    fanout.send(room, Frame(b"t1"), is_tick=True, done=lambda: done.append("t1"))
+    fanout.send(room, Frame(b"e1"), is_tick=False, done=lambda: done.append("e1"))
+    fanout.send(room, Frame(b"t2"), is_tick=True, done=lambda: done.append("t2"))
+    assert [reader.got for reader in few] == [[]] * 5
+    fanout.write()
+    assert [reader.got for reader in few] == [[b"e1", b"t2"]] * 5
+    assert (done, conflated, fanout._outstanding) == (["e1", "t2"], [5], 0)
+
+
+@pytest.mark.requirement("B3", "R7")
+async def test_a_crowd_of_streams_yields_between_its_chunks() -> None:
+    """Each wakes a task that writes through HTTP: a pass wakes few of them, and other rooms have their turn meanwhile."""
     fanout, _ = counting()
+    crowded, small = Room("crowded", 0), Room("small", 0)
+    many, listeners = readers(crowded, 1_000), crowd(small, 10)
+    fanout.send(crowded, Frame(b"e1"), is_tick=False)
+    fanout.write()
+    fanout.send(small, Frame(b"s"), is_tick=False)
+    fanout.write()
+    served = [sum(bool(reader.got) for reader in many)]
+    assert not got(listeners), "the turn is over"
+    while fanout._passing:
+        await asyncio.sleep(0)
+        served.append(sum(bool(reader.got) for reader in many))
+        assert got(listeners) == 10
+    steps = [after - before for before, after in zip([0, *served], served, strict=False)]
+    assert max(steps) <= TURN // STREAM_WRITES + 1
+    assert served[-1] == 1_000
+    assert len(steps) > 15
+
+
+async def test_a_stream_gets_every_event_once_and_in_order_however_crowded_its_room_is() -> None:
+    """Frames that come while a crowd is half-way come behind what it waits for; ticks that wait for nothing conflate."""
+    fanout, conflated = counting()
     room = Room("mixed", 0)
-    reader = Reader()
-    room.streams.add(reader)
-    fanout.send(room, Frame(b"1"), is_tick=False)
-    crowd(room, 2 * TURN)
-    for name in (b"2", b"3", b"4"):
-        fanout.send(room, Frame(name), is_tick=name == b"3")
-    assert reader.got == [b"1", b"2", b"3", b"4"]
+    listeners, many = crowd(room, TURN + 100), readers(room, 200)
+    done: list[str] = []
+    fanout.send(room, Frame(b"e1"), is_tick=False, done=lambda: done.append("e1"))
+    await passes(fanout, lambda: any(reader.got for reader in many))
+    for name in ("t1", "t2", "t3"):
+        fanout.send(room, Frame(name.encode()), is_tick=True, done=lambda name=name: done.append(name))  # type: ignore[misc]
+    fanout.send(room, Frame(b"e2"), is_tick=False, done=lambda: done.append("e2"))
+    (joins,) = readers(room, 1)
+    fanout.send(room, Frame(b"e3"), is_tick=False)
+    fanout.send(room, Frame(b"t4"), is_tick=True)
     await passes(fanout)
-    assert reader.got == [b"1", b"2", b"3", b"4"]
+    # Who waited for the first event got the first tick with it, the others behind it; of the other two nobody began.
+    everything = [b"e1", b"t1", b"e2", b"e3", b"t4"]
+    assert all(reader.got == everything for reader in many)
+    assert all([payload(frame) for frame in one.sent] == everything for one in listeners)
+    assert joins.got == [b"e3", b"t4"]
+    assert (done, conflated, fanout._outstanding) == (["e1", "t1", "e2"], [TURN + 300] * 2, 0)
+
+
+async def test_a_stream_that_has_left_is_told_nothing() -> None:
+    """Before its turn, or because of the first of what it is told: what is left of that is for the others."""
+    fanout, _ = counting()
+    room = Room("left", 0)
+    many = readers(room, 200)
+
+    class Hasty(Reader):
+        def event(self, frame: Frame) -> None:
+            super().event(frame)
+            room.streams.discard(self)
+
+    hasty = Hasty()
+    room.streams.add(hasty)
+    for name in (b"e1", b"e2"):
+        fanout.send(room, Frame(name), is_tick=False)
+    fanout.send(room, Frame(b"t"), is_tick=True)
+    await asyncio.sleep(0)
+    told = [reader for reader in many if reader.got]
+    room.streams.difference_update(many)
+    await passes(fanout)
+    assert 0 < len(told) < 200
+    assert [reader for reader in many if reader.got] == told
+    assert hasty.got in ([b"e1"], [])
+    room.streams.add(hasty)
+    fanout.send(room, Frame(b"e3"), is_tick=False)
+    fanout.send(room, Frame(b"e4"), is_tick=False)
+    await passes(fanout)
+    assert hasty.got[-1] == b"e3"
+    assert not fanout.is_sending(room)
+    assert fanout._outstanding == 0
 
 
 # Relief.
@@ -447,21 +530,56 @@ class Watcher:
         self.room.lagging.discard(self)
 
 
+@dataclass(eq=False)
+class Streamer:
+    """An event stream, as far as a room sees it: it takes what it is given, until it leaves."""
+
+    room: Room
+    saw: int
+
+    def __post_init__(self) -> None:
+        self.read: list[bytes] = []
+        self.outbox: list[bytes] = []
+        self.here = True
+        self.room.streams.add(self)
+
+    def event(self, frame: Frame) -> None:
+        assert self.here
+        self.read.append(frame.payload)
+
+    def tick(self, frame: Frame) -> None:
+        self.event(frame)
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        raise AssertionError("nobody says farewell here")
+
+    def stall(self) -> None:
+        """A stream bounds by itself what it holds."""
+
+    def resume(self) -> None:
+        """See `stall`."""
+
+    def leave(self) -> None:
+        self.here = False
+        self.room.streams.discard(self)
+
+
 class World:
     """Rooms, who is in them, and what was sent."""
 
-    def __init__(self, sizes: list[int], stalls_after: int) -> None:
+    def __init__(self, sizes: list[int], stalls_after: int, streams: int) -> None:
         self.conflated = 0
         self.fanout = Fanout(self._count)
         self.rooms = [Room(f"r-{number}", 0) for number in range(len(sizes))]
         self.events = [0] * len(sizes)
         self.ticks = [0] * len(sizes)
         self.done: list[list[int]] = [[] for _ in sizes]
-        self.watchers = [
+        self.watchers: list[Watcher | Streamer] = [
             Watcher(room, 0, stalls_after + number if stalls_after else 0)
             for room, size in zip(self.rooms, sizes, strict=True)
             for number in range(size)
         ]
+        self.watchers += [Streamer(room, 0) for room in self.rooms for _ in range(streams)]
 
     def _count(self, number: int) -> None:
         self.conflated += number
@@ -485,6 +603,9 @@ class World:
     def join(self, at: int) -> None:
         self.watchers.append(Watcher(self.rooms[at], self.events[at], 0))
 
+    def open_stream(self, at: int) -> None:
+        self.watchers.append(Streamer(self.rooms[at], self.events[at]))
+
     def check(self) -> None:
         for watcher in self.watchers:
             at = self.rooms.index(watcher.room)
@@ -505,6 +626,7 @@ STEPS = st.lists(
         st.tuples(st.just("event"), ROOM),
         st.tuples(st.just("tick"), ROOM),
         st.tuples(st.just("join"), ROOM),
+        st.tuples(st.just("open_stream"), ROOM),
         st.tuples(st.just("stall"), SOMEBODY),
         st.tuples(st.just("resume"), SOMEBODY),
         st.tuples(st.just("leave"), SOMEBODY),
@@ -518,21 +640,21 @@ STEPS = st.lists(
 @pytest.mark.requirement("B3")
 @settings(deadline=None, max_examples=300)
 @given(
-    sizes=st.lists(st.integers(0, 25), min_size=3, max_size=3), stalls_after=st.sampled_from([0, 0, 1, 3]), steps=STEPS
+    sizes=st.lists(st.integers(0, 25), min_size=3, max_size=3),
+    stalls_after=st.sampled_from([0, 0, 1, 3]),
+    streams=st.sampled_from([0, 1, 10]),
+    steps=STEPS,
 )
-def test_whatever_subscribers_do_each_gets_every_event_once_and_in_order(
-    sizes: list[int], stalls_after: int, steps: list[tuple[str, int]]
+def test_whatever_watchers_do_each_gets_every_event_once_and_in_order(
+    sizes: list[int], stalls_after: int, streams: int, steps: list[tuple[str, int]]
 ) -> None:
     """Stalls, reads again, leaves and joins at any moment between the passes, in rooms of several turns: nothing is lost,
     doubled or overtaken, a joiner is told nothing that its snapshot has, and the newest tick of all comes last."""
 
     async def scenario() -> None:
-        world = World(sizes, stalls_after)
-        somebody: dict[str, Callable[[Watcher], Any]] = {
-            "stall": Watcher.stall, "resume": Watcher.resume, "leave": Watcher.leave,
-        }  # fmt: skip
+        world = World(sizes, stalls_after, streams)
         for name, number in steps:
-            if name in ("event", "tick", "join"):
+            if name in ("event", "tick", "join", "open_stream"):
                 getattr(world, name)(number)
             elif name == "write":
                 world.fanout.write()
@@ -540,7 +662,7 @@ def test_whatever_subscribers_do_each_gets_every_event_once_and_in_order(
                 for _ in range(number):
                     await asyncio.sleep(0)
             elif world.watchers:
-                somebody[name](world.watchers[number % len(world.watchers)])
+                getattr(world.watchers[number % len(world.watchers)], name)()
         for at in range(3):
             world.tick(at)
         await passes(world.fanout)
@@ -554,4 +676,5 @@ def test_whatever_subscribers_do_each_gets_every_event_once_and_in_order(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fanout_module, "TURN", 8)
         patch.setattr(fanout_module, "CHUNK", 3)
+        patch.setattr(fanout_module, "STREAM_WRITES", 2)
         asyncio.run(scenario())

@@ -16,6 +16,7 @@ from engine.domain.lifecycle import Status
 from engine.store.protocol import StoreUnavailableError
 from gateway import fanout as fanout_module
 from gateway import hub as hub_module
+from gateway import replay as replay_module
 from gateway.closing import CloseCode
 from gateway.hub import ANNOUNCE_AT_MS, CATCH_UP_S, HEARTBEAT_MS, Hub
 from gateway.ring import Ring
@@ -307,7 +308,7 @@ async def test_entries_for_the_event_bus_go_to_no_socket() -> None:
     await house.read_lane()
     assert listener.sent == []
     assert house.hub.positions[0] == "2-0"
-    assert len(house.hub.greeting(room, "0.0-0")) == 1
+    assert [frame["recovered"] for frame in told(house.hub.greeting(room, "0.0-0"))] == [True]
     assert entry.stream_id == "1-0"
 
 
@@ -448,7 +449,7 @@ async def test_a_cursor_that_is_not_of_here_is_not_recovered(since: str) -> None
 async def test_what_fell_out_of_memory_is_not_recovered() -> None:
     """The ring holds the last events; one who missed more than it holds is told so, one who did not gets them all."""
     house = House()
-    house.hub._rings = {shard: Ring(3) for shard in house.hub._rings}
+    house.hub._rings[0] = Ring(3)
     house.hub.start_at(0, START)
     house.put(record(version=0))
     room = await room_in(house)
@@ -487,7 +488,7 @@ async def test_more_than_a_client_can_be_sent_at_once_is_not_replayed(monkeypatc
         extended(house, version)
     await house.read_lane()
     body = len(house.memory.shards[0].updates[-1].body)
-    monkeypatch.setattr(hub_module, "REPLAY_BYTES_MAX", 3 * body)
+    monkeypatch.setattr(replay_module, "REPLAY_BYTES_MAX", 3 * body)
     frames = told(house.hub.greeting(room, "0.2-0"))
     assert [frame.get("recovered") for frame in frames] == [True, None, None, None]
     assert [frame["recovered"] for frame in told(house.hub.greeting(room, "0.1-0"))] == [False]
@@ -514,7 +515,7 @@ async def test_one_who_comes_back_in_the_midst_of_a_fan_out_gets_every_event_onc
         for seen in range(4):
             greeting = house.hub.greeting(room, f"0.{seen}-0")
             back[seen] = joined(room)
-            back[seen].sent += [frame.socket for frame in greeting[1:]]
+            back[seen].sent += [frame.socket for frame in greeting.missed.frames]
         for version in range(4, 6):
             extended(house, version)
         await house.read_lane()
@@ -825,21 +826,88 @@ async def test_a_line_that_is_no_tick_is_passed_over(line: bytes) -> None:
 
 
 async def test_a_heartbeat_says_that_the_engine_of_its_shard_lives() -> None:
-    """When it was heard counts for readiness, how long it took for the delivery time of ticks."""
+    """When it was heard counts for readiness; it is delivered to nobody, so it takes no time either."""
     house = House(shards=2)
     house.line.advance(25)
     house.hub.on_ticks(1, heartbeat_line("engine-1", 3, EpochMs(BORN_MS)))
     assert house.hub.engine_seen == {1: BORN_MS + 25}
-    assert house.sample("auctions_gateway_delivery_ms_sum", lane="tick") == 25
+    assert house.sample("auctions_gateway_delivery_ms_count", lane="tick") == 0
 
 
 async def test_an_unwatched_room_gets_no_ticks() -> None:
-    """A tick for an auction that is known but not watched is dropped without a frame."""
+    """A tick for an auction that is known but not watched is dropped without a frame, and not measured."""
     house = House()
     house.put(record())
     room = await room_in(house)
     house.hub.on_ticks(0, tick_line(record(), EpochMs(BORN_MS)))
     assert not room.is_watched
+    assert house.sample("auctions_gateway_delivery_ms_count", lane="tick") == 0
+
+
+@pytest.mark.parametrize("crowd", [[3], [20], [3, 20]])
+async def test_a_tick_is_delivered_when_the_last_of_the_room_has_it(
+    crowd: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the stamp of its message to the end of its fan-out: once for each room, whatever else the message says."""
+    monkeypatch.setattr(fanout_module, "TURN", 8)
+    house = House()
+    lines = [tick_line(record("nobody-watches"), EpochMs(BORN_MS + 9))]
+    rooms = []
+    for number, watchers in enumerate(crowd):
+        house.put(record(f"r-{number}"))
+        rooms.append(await room_in(house, f"r-{number}"))
+        for _ in range(watchers):
+            joined(rooms[-1])
+        lines.append(tick_line(record(f"r-{number}"), EpochMs(BORN_MS + 10)))
+    house.put(record("nobody-watches"))
+    await room_in(house, "nobody-watches")
+    house.line.advance(15)
+    house.hub.on_ticks(0, b"\n".join([*lines, heartbeat_line("engine-1", 3, EpochMs(BORN_MS + 10))]))
+    house.line.advance(100)
+    while any(house.hub.fanout.is_sending(room) for room in rooms):
+        await asyncio.sleep(0)
+    at_once = crowd.count(3)
+    assert house.sample("auctions_gateway_delivery_ms_count", lane="tick") == len(crowd)
+    assert house.sample("auctions_gateway_delivery_ms_sum", lane="tick") == 5 * at_once + 105 * (len(crowd) - at_once)
+
+
+async def test_a_tick_that_is_replaced_is_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a newer tick or an event has taken the place of, before all of the room had it, is not measured."""
+    monkeypatch.setattr(fanout_module, "TURN", 8)
+    house = House()
+    house.put(record(version=2))
+    room = await room_in(house)
+    for _ in range(20):
+        joined(room)
+    # The first is half-way when the second comes, which everyone gets; the fourth takes the place of the third.
+    for at in (0, 10, 20, 30):
+        house.hub.on_ticks(0, tick_line(record(version=2), EpochMs(BORN_MS + at)))
+    house.line.advance(50)
+    while house.hub.fanout.is_sending(room):
+        await asyncio.sleep(0)
+    assert house.sample("auctions_gateway_delivery_ms_count", lane="tick") == 2
+    assert house.sample("auctions_gateway_delivery_ms_sum", lane="tick") == 40 + 20
+    house.hub.on_ticks(0, tick_line(record(version=2), EpochMs(BORN_MS + 30)))
+    extended(house, 3)
+    await house.read_lane()
+    house.hub.on_ticks(0, tick_line(record(version=3), EpochMs(BORN_MS + 40)))
+    while house.hub.fanout.is_sending(room):
+        await asyncio.sleep(0)
+    assert house.sample("auctions_gateway_delivery_ms_count", lane="tick") == 2
+    assert house.sample("auctions_gateway_delivery_ms_count", lane="event") == 1
+
+
+@pytest.mark.parametrize(
+    "tick", [b"{}", b"nonsense", b'{"server_time":"soon"}', b'{"x":"' + b"y" * 300 + b'","server_time":1}']
+)
+async def test_a_tick_without_a_stamp_is_passed_on_and_not_measured(tick: bytes) -> None:
+    """Only where the stamp must stand it is looked for; what the frame is otherwise is none of the gateway's business."""
+    house = House()
+    house.put(record())
+    listener = joined(await room_in(house))
+    house.hub.on_ticks(0, b"%s 2 %s" % (AUCTION.encode(), tick))
+    assert [payload(frame) for frame in listener.sent] == [tick]
+    assert house.sample("auctions_gateway_delivery_ms_count", lane="tick") == 0
 
 
 @pytest.mark.requirement("B3")
