@@ -151,7 +151,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host.strip("[]"), port))
         listener.listen(4_096)
-    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
+    except (OSError, TypeError) as error:  # the latter for what no host can be called
         listener.close()
         number, why = (error.errno, error.strerror or error) if isinstance(error, OSError) else (None, error)
         option = "--port" if number in (errno.EADDRINUSE, errno.EACCES) else "--host"

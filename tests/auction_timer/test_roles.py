@@ -7,7 +7,9 @@ import pytest
 from auction_timer.roles import listen, url_of
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "x" * 64 + ".example", "2001:db8::1"])
+@pytest.mark.parametrize(
+    "host", ["192.0.2.1", "2001:db8::1", 64 * "\N{LATIN SMALL LETTER U WITH DIAERESIS}"], ids=["v4", "v6", "long"]
+)
 def test_a_host_that_is_not_ours_is_not_a_matter_of_the_port(host: str) -> None:
     """The advice is about the option that is wrong."""
     with pytest.raises(OSError, match="choose another --host"):
