@@ -18,7 +18,8 @@ from gateway import fanout as fanout_module
 from gateway import hub as hub_module
 from gateway import replay as replay_module
 from gateway.closing import CloseCode
-from gateway.hub import ANNOUNCE_AT_MS, CATCH_UP_S, HEARTBEAT_MS, Hub
+from gateway.hub import ANNOUNCE_AT_MS, CATCH_UP_S, HEARTBEAT_MS, Entrance, Hub
+from gateway.replay import Stretch, Turns
 from gateway.ring import Ring
 from gateway.room import Frame, Room
 from tests.fakes.clock import BORN_MS
@@ -526,6 +527,142 @@ async def test_one_who_comes_back_in_the_midst_of_a_fan_out_gets_every_event_onc
         for listener in crowd:
             assert [frame["timer"]["version"] for frame in told(listener.sent)] == list(range(1, 6)), moment
         assert house.sample("auctions_gateway_delivery_ms_count", lane="event") == 5
+
+
+# Coming in.
+
+
+async def missing(house: House, count: int) -> Room:
+    """A room whose events nobody was sent."""
+    house.put(record(version=0))
+    room = await room_in(house)
+    for version in range(1, count + 1):
+        extended(house, version)
+    await house.read_lane()
+    return room
+
+
+@pytest.mark.requirement("B4", "R7")
+async def test_what_was_sent_is_what_is_replayed() -> None:
+    """Byte for byte, however many come back: nothing is made anew, so `server_time` is that of the first sending."""
+    house = House()
+    house.put(record(version=0))
+    room = await room_in(house)
+    listener = joined(room)
+    for version in range(1, 4):
+        extended(house, version)
+    await house.read_lane()
+    house.line.advance(60_000)
+    for seen in range(3):
+        missed = house.hub.greeting(room, f"0.{seen}-0").missed
+        assert [frame.socket for frame in missed.frames] == listener.sent[seen:]
+        assert [frame["server_time"] for frame in told(missed.frames)] == [BORN_MS] * (3 - seen)
+
+
+@pytest.mark.requirement("B4", "R7")
+async def test_what_nobody_was_sent_is_made_into_frames_once() -> None:
+    """By the first one who missed it: later ones are sent the same frames, and who missed the same, the same bytes."""
+    house = House()
+    room = await missing(house, 3)
+    house.line.advance(5_000)
+    first = house.hub.greeting(room, "0.0-0")
+    house.line.advance(60_000)
+    second, third = house.hub.greeting(room, "0.1-0"), house.hub.greeting(room, "0.1-0")
+    assert [id(frame) for frame in second.missed.frames] == [id(frame) for frame in first.missed.frames[1:]]
+    assert second.socket[1] is third.socket[1]
+    now = BORN_MS + 5_000
+    for frame in told(first.missed.frames):
+        assert (frame["server_time"], frame["timer"]["server_time"]) == (now, now)
+        assert frame["timer"]["remaining_ms"] == frame["timer"]["ends_at"] - now
+    assert told(third)[0]["server_time"] == BORN_MS + 65_000
+
+
+async def test_who_brings_no_cursor_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first visit is no resume: it is let in while others take their turns."""
+    monkeypatch.setattr(hub_module, "REPLAY_TURN", 1)
+    house = House()
+    room = await missing(house, 3)
+    assert house.hub.entrance_now(AUCTION, "0.0-0") == Entrance(room, "0.0-0")
+    assert house.hub.entrance_now(AUCTION, "0.0-0") is None
+    assert house.hub.entrance_now(AUCTION, None) == Entrance(room, None)
+    assert await house.hub.entrance(AUCTION, None) == Entrance(room, None)
+    assert house.hub.entrance_now("a-2", None) is await house.hub.entrance("a-2", None) is None
+
+
+@pytest.mark.requirement("B3", "B4", "R7")
+async def test_a_crowd_that_comes_back_is_let_in_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of the loop greets so many and no more, those who came first before the others; ticks go out in between."""
+    house = House()
+    room = await missing(house, 20)
+    cost = hub_module.GREETING_COST + house.hub.greeting(room, "0.0-0").missed.size
+    house.hub._turns = Turns(3 * cost)
+    watcher = joined(room)
+    came: list[int] = []
+    passes: list[int] = []
+
+    async def come(number: int) -> None:
+        entrance = await house.hub.entrance(AUCTION, "0.0-0")
+        assert entrance is not None
+        greeting = house.hub.greeting(entrance.room, entrance.since, entrance.recalled)
+        assert len(told(greeting)) == 21
+        came.append(number)
+
+    coming = [asyncio.ensure_future(come(number)) for number in range(30)]
+    while len(came) < 30:
+        before = len(came)
+        house.hub.on_ticks(0, tick_line(record(version=20), house.clock.now_ms()))
+        await asyncio.sleep(0)
+        passes.append(len(came) - before)
+    await asyncio.gather(*coming)
+    assert came == list(range(30))
+    assert max(passes) == 3
+    assert len(watcher.sent) == len(passes)
+
+
+async def test_much_that_nobody_was_sent_is_made_into_frames_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that has just started has made none: the first one of a crowd costs a pass no more than the others."""
+    house = House()
+    await missing(house, 200)
+    house.hub._turns = Turns(1)
+    made: list[int] = []
+    making = house.hub._make
+
+    def counted(shard: int, stretch: Stretch, count: int) -> None:
+        made.append(len(stretch.unmade))
+        making(shard, stretch, count)
+        made[-1] -= len(stretch.unmade)
+
+    monkeypatch.setattr(house.hub, "_make", counted)
+    assert house.hub.entrance_now(AUCTION, "0.0-0") is None
+    passes = 0
+    crowd = [asyncio.ensure_future(house.hub.entrance(AUCTION, "0.0-0")) for _ in range(3)]
+    while not all(one.done() for one in crowd):
+        await asyncio.sleep(0)
+        passes += 1
+    assert sum(made) == 200
+    assert max(made) == hub_module.FRAMES_AT_ONCE
+    assert passes > 200 / hub_module.FRAMES_AT_ONCE
+    # What is left to be made is little: nobody has to wait for that.
+    house.hub._turns = Turns(10**9)
+    for version in range(201, 211):
+        extended(house, version)
+    await house.read_lane()
+    assert house.hub.entrance_now(AUCTION, "0.0-0") is not None
+
+
+@pytest.mark.requirement("R16")
+async def test_a_room_that_is_dropped_while_somebody_waits_is_loaded_again() -> None:
+    """A failover forgets rooms that nobody is in yet: who waits to come in comes into the one that is there then."""
+    house = House()
+    room = await missing(house, 5)
+    house.hub._turns = Turns(1)
+    waiting = [asyncio.ensure_future(house.hub.entrance(AUCTION, "0.5-0")) for _ in range(3)]
+    await asyncio.sleep(0)
+    await house.hub.reload(0, "failover")
+    entrances = await asyncio.gather(*waiting)
+    here = house.hub.known(AUCTION)
+    assert here is not room
+    assert [entrance.room for entrance in entrances[1:] if entrance is not None] == [here, here]
 
 
 # Forgetting.
