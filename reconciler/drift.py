@@ -61,6 +61,7 @@ class DriftKind(StrEnum):
     MEMORY_DIFFERS = "memory_differs"
     HEARTBEAT_FROZEN = "heartbeat_frozen"
     ENGINE_SILENT = "engine_silent"
+    SHARD_TAKEN_OVER = "shard_taken_over"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ reads in pages and gives way after each, so ticks and commits are not disturbed.
 
 import asyncio
 import contextlib
+from collections import deque
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -18,8 +19,8 @@ from engine.clock import AuctionClock, MonotonicNs
 from engine.contract.timers import mark
 from engine.lease import LeaseKeeper
 from engine.store.archive import ArchiveUnavailableError, AuditArchive
-from engine.store.protocol import IntakeFullError, LeaseStore, ReconcilerStore, StoreUnavailableError
-from reconciler.drift import Drift, DriftKind, Views, compare, judge
+from engine.store.protocol import IntakeFullError, Lease, LeaseStore, ReconcilerStore, StoreUnavailableError
+from reconciler.drift import Drift, DriftKind, Severity, Views, compare, judge
 from reconciler.metrics import ReconcilerMetrics
 from reconciler.observations import Beat, LogMovedBackError, ShardEye, Trust, Wire
 from reconciler.repairs import Plan, Repair, plan
@@ -28,6 +29,10 @@ SILENT_MS: Final = 3_000
 """An engine that has not been heard on the tick lane for so long, where it speaks every second, does not work."""
 EVIDENCE_CHARS_MAX: Final = 4_000
 BEAT_LOOK_S: Final = 0.5
+LOOKS_PER_LEASE: Final = 6
+"""A lease is taken over when it has stood still for `lease_ms`. An engine that gives one back has beaten within a third of
+that, so at six looks per lease what stood still for five of them was taken, and not given."""
+TURNS_MAX: Final = 1_000
 LOOKS: Final = (Trust.WHOLE, Trust.WHOLE, Trust.BROKEN_TOO)
 """How often one pass begins a shard anew because its log moved back. One that does not link may have moved while it was
 read; what it says behind the break is believed only when reading it again has changed nothing."""
@@ -90,6 +95,8 @@ class Reconciler:
         self._beats: dict[int, Beat] = {}
         self._standing: set[tuple[DriftKind, int, str]] = set()
         """What was reported and still stands, so that it is written down once."""
+        self._turns: deque[Drift] = deque(maxlen=TURNS_MAX)
+        """What the watch over the beats has found and not yet written down."""
         self._leading = False
         self._lease = LeaseKeeper(
             leases,
@@ -132,19 +139,69 @@ class Reconciler:
                 log.warning("reconciler_waiting", error=str(error))
 
     async def watch_beats(self) -> None:
-        """Watch every engine's heartbeat until cancelled: a pass is too seldom to tell since when one stands still."""
+        """Watch every engine's heartbeat until cancelled, and write down, once each, what stands still and who takes over.
+
+        A pass is too seldom for that: another engine has the shard long before the next one.
+        """
         while True:
-            with contextlib.suppress(StoreUnavailableError):
-                for eye in self._eyes:
-                    await self._beat(eye.shard)
-            await asyncio.sleep(BEAT_LOOK_S)
+            try:
+                await self.look_at_beats()
+            except StoreUnavailableError:
+                self._beats.clear()  # what was not watched did not stand still
+            await asyncio.sleep(min(BEAT_LOOK_S, self._limits.lease_ms / LOOKS_PER_LEASE / 1_000))
+
+    async def look_at_beats(self) -> None:
+        """Look at every heartbeat once. Only the reconciler that acts writes anything down.
+
+        Raises:
+            StoreUnavailableError: Redis does not answer.
+        """
+        for eye in self._eyes:
+            known = await self._beat(eye.shard)
+            still_ms = self._still_ms(known)
+            if known.lease.holder and still_ms > self._limits.lease_ms:
+                self._turns.append(_frozen(eye.shard, known.lease, still_ms))
+        while self._turns:
+            drift = self._turns[0]
+            if self._leading and (drift.kind is DriftKind.SHARD_TAKEN_OVER or _name(drift) not in self._standing):
+                await self._write_down(Finding(drift, "reported", f"rec-{uuid4().hex}"))
+                if self._beats[drift.shard].lease.holder == drift.before:
+                    self._standing.add(_name(drift))
+            self._turns.popleft()
 
     async def _beat(self, shard: int) -> Beat:
         lease = await self._store.lease(shard)
         known = self._beats.get(shard)
         if known is None or known.lease != lease:
+            if known is not None:
+                self._turn(shard, known, lease)
             self._beats[shard] = known = Beat(lease, self._clock.clock.monotonic_ns())
         return known
+
+    def _turn(self, shard: int, known: Beat, lease: Lease) -> None:
+        """A beat moves again. If it is another engine's, and this one's stood still, the shard was taken over."""
+        frozen = _frozen(shard, known.lease, self._still_ms(known))
+        was_told = _name(frozen) in self._standing
+        self._standing.discard(_name(frozen))
+        is_other = lease.holder not in ("", known.lease.holder) and known.lease.holder != ""
+        if not is_other or self._still_ms(known) * LOOKS_PER_LEASE < self._limits.lease_ms * (LOOKS_PER_LEASE - 1):
+            return
+        if not was_told:
+            self._turns.append(frozen)
+        evidence = {**frozen.evidence, "taken_with_epoch": lease.epoch}
+        self._turns.append(
+            Drift(
+                DriftKind.SHARD_TAKEN_OVER,
+                shard,
+                before=known.lease.holder,
+                after=lease.holder,
+                severity=Severity.NOTICE,
+                evidence=evidence,
+            )
+        )
+
+    def _still_ms(self, known: Beat) -> int:
+        return (self._clock.clock.monotonic_ns() - known.since) // 1_000_000
 
     async def make_pass(self, *, repairing: bool = True) -> Report:
         """Look at every shard once, and ask for the repairs of what is found.
@@ -224,19 +281,14 @@ class Reconciler:
     async def _of_engine(self, shard: int) -> list[Drift]:
         """Whether somebody works on the shard, and lives."""
         known = await self._beat(shard)
-        lease, now = known.lease, self._clock.clock.monotonic_ns()
-        still_ms = (now - known.since) // 1_000_000
+        lease, still_ms = known.lease, self._still_ms(known)
         heartbeat = self.wire.heartbeats.get(shard)
-        unheard_ms = self._unheard_ms(now, heartbeat.heard if heartbeat is not None else None)
-        evidence = {
-            "holder": lease.holder,
-            "epoch": lease.epoch,
-            "beat": lease.beat,
-            "beat_stands_still_ms": still_ms,
-            "unheard_ms": unheard_ms,
-        }
+        heard = heartbeat.heard if heartbeat is not None else None
+        unheard_ms = self._unheard_ms(self._clock.clock.monotonic_ns(), heard)
+        frozen = _frozen(shard, lease, still_ms)
         if still_ms > self._limits.lease_ms:
-            return [Drift(DriftKind.HEARTBEAT_FROZEN, shard, "", lease.holder, "a beat", evidence=evidence)]
+            return [frozen]
+        evidence = {**frozen.evidence, "unheard_ms": unheard_ms}
         if unheard_ms is not None and unheard_ms > SILENT_MS:
             return [Drift(DriftKind.ENGINE_SILENT, shard, "", lease.holder, "a heartbeat", evidence=evidence)]
         return []
@@ -280,8 +332,10 @@ class Reconciler:
     async def _note(self, report: Report, finding: Finding) -> None:
         """Write down what is done for the first time."""
         report.findings.append(finding)
-        if finding.action in ("pending", "deferred"):
-            return
+        if finding.action not in ("pending", "deferred"):
+            await self._write_down(finding)
+
+    async def _write_down(self, finding: Finding) -> None:
         drift = finding.drift
         self._metrics.corrections[drift.kind].inc()
         log.warning(
@@ -310,7 +364,14 @@ class Reconciler:
         )
 
     def _forget_mended(self, report: Report) -> None:
-        self._standing &= {_name(finding.drift) for finding in report.findings}
+        found = {_name(finding.drift) for finding in report.findings}
+        # A beat that stands still is told by the watch over the beats, until it moves.
+        self._standing = {name for name in self._standing if name in found or name[0] is DriftKind.HEARTBEAT_FROZEN}
+
+
+def _frozen(shard: int, lease: Lease, still_ms: int) -> Drift:
+    evidence = {"holder": lease.holder, "epoch": lease.epoch, "beat": lease.beat, "beat_stands_still_ms": still_ms}
+    return Drift(DriftKind.HEARTBEAT_FROZEN, shard, "", lease.holder, "a beat", evidence=evidence)
 
 
 def _contradicted(shard: int, reason: str) -> Drift:

@@ -27,6 +27,7 @@ REPORTED_ONLY: Final = frozenset(
         DriftKind.MEMORY_DIFFERS,
         DriftKind.HEARTBEAT_FROZEN,
         DriftKind.ENGINE_SILENT,
+        DriftKind.SHARD_TAKEN_OVER,
     }
 )
 """What no event can mend: a person must look. A hash without any log may be an auction, so it is never removed."""

@@ -225,11 +225,11 @@ CORRECTIONS: Final = Metric(
     Kind.COUNTER,
     "Drifts that the reconciler found and asked to repair or, where no event can mend them, wrote down; by what was wrong.",
     "Read `auction:timer:reconciliations`: each has its cause, before, after and evidence. `heartbeat_frozen`, "
-    "`engine_silent`: look at that engine. `cap_breached`, `closed_early`, `memory_differs`, `log_missing`: must be 0; "
-    "keep Redis as it is, and report a bug. `log_contradicted`: a shard's audit log does not link to its head, and "
-    "nothing before the break is counted on: run `auction-timer audit verify`, mend the archive from a copy, and restart "
-    "the reconciler. `clock`: the date of the Redis host was set, counted once per shard; check its time synchronisation. "
-    "The others: somebody or something writes to Redis besides the engine; find out who.",
+    "`engine_silent`, `shard_taken_over`: look at that engine. `cap_breached`, `closed_early`, `memory_differs`, "
+    "`log_missing`: must be 0; keep Redis as it is, and report a bug. `log_contradicted`: a shard's audit log does not "
+    "link to its head, and nothing before the break is counted on: run `auction-timer audit verify`, mend the archive "
+    "from a copy, and restart the reconciler. `clock`: the date of the Redis host was set, counted once per shard; check "
+    "its time synchronisation. The others: somebody or something writes to Redis besides the engine; find out who.",
     labels=("kind",),
 )
 PASS_MS: Final = Metric(

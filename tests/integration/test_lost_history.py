@@ -14,6 +14,7 @@ from engine.contract.keys import RECONCILIATIONS, shard_of
 from tests.integration.events import bid, event, fresh_id, started
 from tests.integration.records import SHARDS, keys_of, records_of
 from tests.integration.test_first_light import now_of
+from tests.integration.test_reconciler import passed_since, passes
 from tests.live import LiveStack, until
 from tests.topologies import SentinelGroup
 
@@ -88,17 +89,10 @@ def archived(stack: LiveStack, auction_id: str) -> int:
         return int(archive.execute(query, (auction_id,)).fetchone()[0])
 
 
-def passes(stack: LiveStack) -> float:
-    """How many passes the reconciler has made."""
-    prefix = "auctions_reconciler_pass_ms_count "
-    lines = stack.http.get("/metrics").text.splitlines()
-    return sum(float(line.removeprefix(prefix)) for line in lines if line.startswith(prefix))
-
-
-def after_two_passes(stack: LiveStack) -> None:
-    """The second of them has begun after this was called."""
+def after_a_pass(stack: LiveStack) -> None:
+    """A pass that has begun after this was called is over."""
     before = passes(stack)
-    until(lambda: passes(stack) >= before + 2, "two more passes")
+    until(lambda: passed_since(stack, before), "two more passes")
 
 
 def written_down(group: SentinelGroup, auction_id: str) -> list[str]:
@@ -137,10 +131,10 @@ def test_what_was_archived_and_lost_moves_nothing(group: SentinelGroup, stack: L
 
     assert {auction_id: hash_of(group, auction_id) for auction_id in before} == before
     assert head_of(group, moved) < told
-    after_two_passes(stack)
+    after_a_pass(stack)
     while head_of(group, moved) < told + LOST:
         stack.post(bid(other))
-        after_two_passes(stack)
+        after_a_pass(stack)
     assert {auction_id: hash_of(group, auction_id) for auction_id in before} == before
     assert [record["event_type"] for record in records_of(stack, moved)][-1] == "auction_timer_closing"
     assert written_down(group, moved) == []

@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -15,18 +18,23 @@ from websockets.sync.client import ClientConnection, connect
 
 from engine.contract import audit
 from engine.contract.intake import SCHEDULER
-from engine.contract.keys import RECONCILIATIONS
+from engine.contract.keys import RECONCILIATIONS, ShardKeys, shard_of
 from engine.contract.timers import checksum, from_fields
 from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
 from tests.integration.events import bid, fresh_id, started
-from tests.integration.records import keys_of, records_of, stream
+from tests.integration.own_engine import OwnEngine
+from tests.integration.records import SHARDS, keys_of, records_of, stream
 from tests.integration.test_first_light import now_of, socket_url
 from tests.live import SCRIPT, LiveStack, until
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R12")]
 
 INTERVAL_MS: Final = 400
+LEASE_MS: Final = 1_500
+FOUND_WITHIN_S: Final = 6.0
+"""A beat that stands still for longer than a lease, as the watch over the beats sees it, on a busy machine."""
+FROZEN_S: Final = 10.0
 LONG_MS: Final = 3_600_000
 WINDOW: Final = {"soft_close_window_ms": 600_000, "extension_ms": 60_000}
 
@@ -84,38 +92,78 @@ def score_of(stack: LiveStack, auction_id: str) -> int | None:
     return None if score is None else int(float(score))
 
 
-def damage(stack: LiveStack, auction_id: str, kind: str) -> None:
-    """What a hand does to Redis."""
-    names = keys_of(auction_id)
-    ends_at = stack.timer(auction_id)["ends_at"]
-    key = names.timer(auction_id)
+@dataclass(frozen=True)
+class Damage:
+    """What a hand does to Redis, and what is to be written down about it, in ms from the end that is right."""
+
+    cause: str
+    found_ms: int | None = None
+    """Where the end or score was found; None if there was none."""
+    before: str | None = None
+    """What stands in `before` where that is no instant."""
+    after: int | str = 0
+    """From the right end too, or what stands in `after`."""
+    evidence: frozenset[str] = frozenset()
+
+
+DAMAGES: Final = {
+    "entry-missing": Damage("entry_missing", evidence=frozenset({"set"})),
+    "score-earlier": Damage("score_wrong", -10_000, evidence=frozenset({"set"})),
+    "score-later": Damage("score_wrong", 10_000, evidence=frozenset({"set"})),
+    "hash-changed": Damage("hash_changed", -200_000, evidence=frozenset({"found_and_right", "sealed"})),
+    "hash-unsealed": Damage("hash_changed", 0, evidence=frozenset({"found_and_right", "sealed"})),
+    "hash-unreadable": Damage("hash_unreadable", evidence=frozenset({"error"})),
+    "hash-missing": Damage("hash_missing"),
+    "end-past-cap": Damage("end_past_cap", 30 * 3_600_000, evidence=frozenset({"found_and_right", "sealed"})),
+    "entry-extra": Damage("entry_extra", before="{'paused': 5}", after="", evidence=frozenset({"stands_in"})),
+}
+
+
+def damage(stack: LiveStack, auction_id: str, name: str) -> None:
+    """Do it."""
+    names, key = keys_of(auction_id), keys_of(auction_id).timer(auction_id)
+    at = stack.timer(auction_id)["ends_at"] + (DAMAGES[name].found_ms or 0)
     commands: dict[str, list[Any]] = {
-        "entry_missing": ["ZREM", names.deadlines, auction_id],
-        "score_wrong": ["ZADD", names.deadlines, ends_at - 10_000, auction_id],
-        "hash_changed": ["HSET", key, "ends_at", ends_at - 200_000, "version", 77],
-        "hash_unreadable": ["HSET", key, "policy", "{"],
-        "hash_missing": ["DEL", key],
-        "end_past_cap": ["HSET", key, "ends_at", ends_at + 30 * 3_600_000],
-        "entry_extra": ["ZADD", names.paused, 5, auction_id],
+        "entry-missing": ["ZREM", names.deadlines, auction_id],
+        "score-earlier": ["ZADD", names.deadlines, at, auction_id],
+        "score-later": ["ZADD", names.deadlines, at, auction_id],
+        "hash-changed": ["HSET", key, "ends_at", at, "version", 77],
+        "hash-unsealed": ["HDEL", key, "checksum"],
+        "hash-unreadable": ["HSET", key, "policy", "{"],
+        "hash-missing": ["DEL", key],
+        "end-past-cap": ["HSET", key, "ends_at", at],
+        "entry-extra": ["ZADD", names.paused, 5, auction_id],
     }
-    stack.redis(*commands[kind])
+    stack.redis(*commands[name])
 
 
-KINDS: Final = [
-    "entry_missing", "score_wrong", "hash_changed", "hash_unreadable", "hash_missing", "end_past_cap", "entry_extra",
-]  # fmt: skip
+def passes(stack: LiveStack) -> float:
+    """How many passes the reconciler has made."""
+    prefix = "auctions_reconciler_pass_ms_count "
+    lines = stack.http.get("/metrics").text.splitlines()
+    return sum(float(line.removeprefix(prefix)) for line in lines if line.startswith(prefix))
+
+
+def passed_since(stack: LiveStack, before: float) -> bool:
+    """Whether a pass that began after there had been so many is over: the one that was under way may have looked already."""
+    return passes(stack) >= before + 2
 
 
 @pytest.mark.requirement("B1")
-@pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_found_repaired_and_told(stack: LiveStack, auction: str, kind: str) -> None:
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_in_one_pass_repaired_and_told(stack: LiveStack, auction: str, name: str) -> None:
     """Hash, sorted set and socket say again what the log says; stream, audit and metrics tell what happened."""
+    expected = DAMAGES[name]
     before = stack.timer(auction)
-    counted = count_of(stack, kind)
+    counted = count_of(stack, expected.cause)
     with connect(socket_url(stack, auction), compression=None) as socket:
-        damage(stack, auction, kind)
+        damage(stack, auction, name)
+        passed = passes(stack)
+        # A pass that began after the damage and is over has found it, or it was not found within one.
+        until(lambda: found(stack, auction) or passed_since(stack, passed), "a pass is over")
+        (entry,) = found(stack, auction)
         frame = resynced(socket)
-    assert (frame["cause"], frame["timer"]["ends_at"]) == (kind, before["ends_at"])
+    assert (frame["cause"], frame["timer"]["ends_at"]) == (expected.cause, before["ends_at"])
     assert frame["timer"]["version"] > before["version"]
 
     kept = hash_of(stack, auction)
@@ -125,13 +173,17 @@ def test_damage_is_found_repaired_and_told(stack: LiveStack, auction: str, kind:
     assert score_of(stack, auction) == before["ends_at"]
     assert stack.redis("ZSCORE", keys_of(auction).paused, auction) is None
 
-    (entry,) = [each for each in found(stack, auction) if each["cause"] == kind]
-    assert entry["action"] == "requested"
+    found_at = "" if expected.found_ms is None else str(before["ends_at"] + expected.found_ms)
+    after = expected.after if isinstance(expected.after, str) else str(before["ends_at"] + expected.after)
+    assert (entry["cause"], entry["action"], entry["severity"]) == (expected.cause, "requested", "severe")
+    assert (entry["before"], entry["after"]) == (found_at if expected.before is None else expected.before, after)
+    assert entry["ms_moved"] == str(-(expected.found_ms or 0))
+    assert json.loads(entry["evidence"]).keys() == expected.evidence
     last = records_of(stack, auction)[-1]
     assert (last["event_type"], last["actor_id"]) == ("auction_timer_corrected", "reconciler")
     assert last["correlation_id"] == entry["correlation_id"]
-    assert last["details"]["cause"] == kind
-    until(lambda: count_of(stack, kind) > counted, "it is counted")
+    assert last["details"]["cause"] == expected.cause
+    until(lambda: count_of(stack, expected.cause) > counted, "it is counted")
 
 
 @pytest.mark.requirement("B1")
@@ -273,27 +325,80 @@ def test_an_entry_for_an_auction_that_never_was_goes(stack: LiveStack) -> None:
     assert [entry["cause"] for entry in found(stack, auction_id)] == ["entry_extra"]
 
 
+def frozen_in(stack: LiveStack, auction_id: str) -> list[dict[str, str]]:
+    """What was written down about the heartbeat of an auction's shard."""
+    shard = str(shard_of(auction_id, SHARDS))
+    entries = stream(stack, RECONCILIATIONS)
+    return [each for each in entries if (each["cause"], each["shard"]) == ("heartbeat_frozen", shard)]
+
+
 @pytest.mark.requirement("R10")
 def test_a_frozen_engine_is_reported_and_closes_late_but_never_early(stack: LiveStack) -> None:
-    """Its silence is found, and the overdue close; when it goes on it closes once, as of the end that stood."""
+    """For ten seconds: its silence is found, once, and the overdue close; when it goes on it closes once, as of its end."""
     auction_id, now = fresh_id(), now_of(stack)
     stack.post(started(auction_id, now, now + 2_000, soft_close_window_ms=1_000))
     stack.until_status(auction_id, "ACTIVE")
     (engine,) = stack.pids("engine")
     os.kill(engine, signal.SIGSTOP)
+    stopped = time.monotonic()
     try:
-        until(
-            lambda: [each for each in stream(stack, RECONCILIATIONS) if each["cause"] == "heartbeat_frozen"],
-            "the frozen heartbeat is found",
-        )
+        frozen = until(lambda: frozen_in(stack, auction_id), "the frozen heartbeat is found")
+        assert time.monotonic() - stopped < FOUND_WITHIN_S
+        assert (frozen[0]["after"], frozen[0]["severity"], frozen[0]["ms_moved"]) == ("a beat", "severe", "0")
+        assert json.loads(frozen[0]["evidence"])["beat_stands_still_ms"] > LEASE_MS
         until(lambda: "overdue" in {entry["cause"] for entry in found(stack, auction_id)}, "the late close is found")
+        until(lambda: time.monotonic() - stopped > FROZEN_S, "the engine stood still for long")
     finally:
         os.kill(engine, signal.SIGCONT)
+    assert frozen_in(stack, auction_id) == frozen
     ended = stack.until_status(auction_id, "ENDED")
     assert ended["ended_at"] == ended["original_ends_at"]
     facts = [record["event_type"] for record in records_of(stack, auction_id)]
     assert facts.count("auction_timer_ended") == 1
     assert count_of(stack, "heartbeat_frozen") > 0
+
+
+@pytest.mark.requirement("R10")
+def test_a_takeover_is_written_down_without_a_pass(short_tmp: Path) -> None:
+    """One of two engines stands still: the other has its shards long before a pass, and both is told, once for each shard."""
+    stack = LiveStack(short_tmp, env={"AUCTION_TIMER_RECONCILE_INTERVAL_MS": "3600000"})
+    try:
+        (first,) = stack.pids("engine")
+        with OwnEngine(stack, INSTANCE="other"):
+            leases = [ShardKeys.of(shard).lease for shard in range(SHARDS)]
+
+            def held() -> list[int]:
+                holders = [stack.redis("HGET", lease, "holder") for lease in leases]
+                return [shard for shard, holder in enumerate(holders) if holder == b"other"]
+
+            until(lambda: len(held()) == SHARDS // 2, "the other engine has its share")
+            given = set(held())
+            os.kill(first, signal.SIGSTOP)
+            try:
+                until(lambda: len(held()) == SHARDS, "it has all of them")
+                causes = ("heartbeat_frozen", "shard_taken_over")
+                until(lambda: len(stream(stack, RECONCILIATIONS)) >= SHARDS, "it is written down")
+            finally:
+                os.kill(first, signal.SIGCONT)
+            told = stream(stack, RECONCILIATIONS)
+            expected = {(cause, str(shard)) for cause in causes for shard in set(range(SHARDS)) - given}
+            assert sorted((each["cause"], each["shard"]) for each in told) == sorted(expected)
+            assert {each["after"] for each in told if each["cause"] == "shard_taken_over"} == {"other"}
+            assert count_of(stack, "shard_taken_over") == SHARDS // 2
+    finally:
+        stack.stop()
+
+
+def edit_the_archive(stack: LiveStack, auction_id: str) -> None:
+    """What stood in the stream stands in the archive only, and there somebody has changed a record."""
+    shard, path = shard_of(auction_id, SHARDS), stack.data_dir / "audit.sqlite3"
+    seq = int(stack.redis("HGET", keys_of(auction_id).cursor, "seq"))
+    with closing(sqlite3.connect(path)) as archive:
+        query = "SELECT max(seq) FROM auction_audit_log WHERE shard = ?"
+        until(lambda: archive.execute(query, (shard,)).fetchone()[0] == seq, "all of it is archived")
+        with archive:
+            archive.execute("UPDATE auction_audit_log SET details = '{}' WHERE auction_id = ?", (auction_id,))
+    stack.redis("XTRIM", keys_of(auction_id).audit, "MAXLEN", 1)
 
 
 def once(stack: LiveStack, *options: str) -> subprocess.CompletedProcess[str]:
@@ -313,7 +418,7 @@ def test_a_single_pass_reports(short_tmp: Path) -> None:
         stack.until_status(auction_id, "ACTIVE")
         clean = once(stack, "--report")
         assert (clean.returncode, "0 drifts" in clean.stdout) == (0, True), clean
-        damage(stack, auction_id, "entry_missing")
+        damage(stack, auction_id, "entry-missing")
         dry = once(stack, "--report", "--dry-run")
         assert (dry.returncode, auction_id in dry.stdout, "entry_missing" in dry.stdout) == (1, True, True), dry
         assert score_of(stack, auction_id) is None
@@ -329,6 +434,10 @@ def test_a_single_pass_reports(short_tmp: Path) -> None:
             os.kill(running, signal.SIGCONT)
         assert (acted.returncode, "requested" in acted.stdout) == (1, True), acted
         until(lambda: score_of(stack, auction_id) is not None, "the entry is back")
+        edit_the_archive(stack, auction_id)
+        broken = once(stack, "--report", "--dry-run")
+        assert (broken.returncode, "log_contradicted" in broken.stdout) == (1, True), broken
+        assert score_of(stack, auction_id) == stack.timer(auction_id)["ends_at"]
     finally:
         stack.stop()
     assert once(stack, "--report").returncode == 69

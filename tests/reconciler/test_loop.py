@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import pytest
@@ -289,6 +289,82 @@ async def test_a_frozen_heartbeat_is_reported(rig: Rig) -> None:
     assert kinds(await rig.look()) == []
     rig.world.line.advance(LEASE_MS + 100)
     assert kinds(await rig.look()) == [("heartbeat_frozen", "", "reported")]
+
+
+def lease_is(rig: Rig, holder: str, epoch: int, beat: int) -> None:
+    """The lease of the shard stands so."""
+    rig.world.shard.lease = Lease(holder, epoch, beat)
+
+
+async def watched(rig: Rig, *steps: tuple[int, str, int, int]) -> list[tuple[str, str, str]]:
+    """The reconciler that acts looks after each step (ms later, the lease is so); what it has written down."""
+    await rig.reconciler._gain(0, 1)
+    for later_ms, *lease in steps:
+        rig.world.line.advance(later_ms)
+        lease_is(rig, *lease)  # type: ignore[arg-type]
+        await rig.reconciler.look_at_beats()
+    return [(each["cause"], each["before"], each["after"]) for each in rig.world.store.reconciliations]
+
+
+FROZEN: Final = ("heartbeat_frozen", "one", "a beat")
+TAKEN: Final = ("shard_taken_over", "one", "two")
+
+
+async def test_a_beat_that_stands_still_is_told_once_without_a_pass(rig: Rig) -> None:
+    """However often it is looked at, and a pass finds it too; when it has beaten and stands still again it is another one."""
+    still = [(500, "one", 1, 7)] * 8
+    assert await watched(rig, *still) == [FROZEN]
+    assert kinds(await rig.look()) == [("heartbeat_frozen", "", "reported")]
+    assert await watched(rig, *still[:2]) == [FROZEN]
+    assert rig.registry.get_sample_value("auctions_timer_corrections_total", {"kind": "heartbeat_frozen"}) == 1
+    assert await watched(rig, (500, "one", 1, 8)) == [FROZEN]
+    assert kinds(await rig.look()) == []
+    assert await watched(rig, *[(500, "one", 1, 8)] * 5) == [FROZEN, FROZEN]
+
+
+async def test_a_freeze_that_is_told_while_a_pass_is_under_way_is_told_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass had looked at the beat before, and does not take the freeze for mended."""
+    await watched(rig, (0, "one", 1, 7))
+    look = rig.reconciler._look
+
+    async def look_before_it_freezes(*args: Any) -> Any:
+        seen = await look(*args)
+        assert await watched(rig, *[(500, "one", 1, 7)] * 4) == [FROZEN]
+        return seen
+
+    monkeypatch.setattr(rig.reconciler, "_look", look_before_it_freezes)
+    assert kinds(await rig.look()) == []
+    assert await watched(rig, (500, "one", 1, 7)) == [FROZEN]
+
+
+async def test_a_takeover_is_told_with_the_beat_that_stood_still(rig: Rig) -> None:
+    """Also where the taker was quicker than the look; where that had told the freeze already, it is told once."""
+    quick = [(250, "one", 1, 7)] * 6
+    assert await watched(rig, *quick, (250, "two", 2, 1)) == [FROZEN, TAKEN]
+    (_, taken) = rig.world.store.reconciliations
+    assert (taken["severity"], orjson.loads(taken["evidence"])["beat_stands_still_ms"]) == ("notice", 1_500)
+    rig.world.store.reconciliations.clear()
+    late = [(500, "one", 3, 7)] * 6
+    assert await watched(rig, *late, (500, "two", 4, 1)) == [FROZEN, TAKEN]
+    assert await watched(rig, (500, "two", 4, 2)) == [FROZEN, TAKEN]
+
+
+async def test_a_shard_that_is_given_is_not_taken(rig: Rig) -> None:
+    """An engine that beat a moment ago gave it back, whether the empty lease was seen or not; a restart is nobody else."""
+    steps = [(250, "one", 1, 7), (250, "one", 1, 7), (250, "two", 2, 1), (250, "", 2, 1), (250, "one", 3, 1)]
+    assert await watched(rig, *steps) == []
+    assert await watched(rig, (250, "one", 3, 1), (1_200, "one", 4, 1)) == []
+
+
+async def test_a_reconciler_that_does_not_act_tells_nothing(rig: Rig) -> None:
+    """The one that holds the lease does."""
+    rig.reconciler._leading = False
+    for _ in range(8):
+        rig.world.line.advance(500)
+        await rig.reconciler.look_at_beats()
+    assert not rig.world.store.reconciliations
 
 
 async def test_an_engine_that_is_silent_on_the_wire_is_reported(rig: Rig) -> None:
