@@ -34,6 +34,7 @@ from engine.store.protocol import (
     Early,
     Entry,
     Fenced,
+    KeyDamagedError,
     ShardHead,
     ShardStore,
     StoreUnavailableError,
@@ -48,6 +49,8 @@ CLOSED_KEPT: Final = 4_096
 """Closed auctions remembered per shard, so that late bids and replays of a start cost no round trip."""
 CHECKPOINT_EVERY: Final = 1_000
 """Entries between two places to which the intake may be trimmed."""
+DAMAGED_RETRY_S: Final = 5.0
+"""A shard without its cursor, intake or audit log waits for a person; the other shards do not."""
 UNATTENDED_RETRY_MS: Final = 500
 UNDRAINED_RETRY_MS: Final = 5
 """The reader delivers what the guard has seen within a round trip; this is the bound if it does not, doubled each time."""
@@ -200,6 +203,10 @@ class Shard:
                 self.wake.clear()
                 while (self.inbox or self.due) and not self.doubted:
                     await self.turn()
+            except KeyDamagedError as error:
+                log.error("shard_held", shard=self.number, error=str(error))  # noqa: TRY400 - it says all
+                self.loaded = False
+                await asyncio.sleep(DAMAGED_RETRY_S)
             except StoreUnavailableError as error:
                 # The commit that was under way may have happened or not; the committed cursor tells.
                 log.warning("store_unavailable", shard=self.number, error=str(error))
@@ -226,6 +233,7 @@ class Shard:
         answer = await self.store.commit(batch)
         match answer:
             case Committed(at):
+                self._tell(answer.begun_anew)
                 self._undrained_ms = UNDRAINED_RETRY_MS
                 if batch.closes_at is not None and batch.closes_at > self._attended_until:
                     self._held_until = None
@@ -252,6 +260,11 @@ class Shard:
                 else:
                     self.loaded = False
                     await self.load()
+
+    def _tell(self, begun_anew: Sequence[str]) -> None:
+        """Keys that a hand had written over hold what the commit is about; the reconciler restores the rest."""
+        for key in begun_anew:
+            log.error("key_begun_anew", shard=self.number, key=key)
 
     def _hold(self, attended_at: EpochMs, now: EpochMs) -> None:
         """Producers could not reach us before some ends: whoever comes back first says so, and then those are moved."""

@@ -9,20 +9,14 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import cache
+from typing import Final, TypeVar
 
 from engine.contract.audit import ChainHead
 from engine.contract.cursors import START, stream_order
 from engine.contract.intake import Actor, CommandType, Context, IntakeEvent, Outage, encode
-from engine.contract.timers import (
-    CorruptTimerError,
-    TimerRecord,
-    from_fields,
-    is_sealed,
-    read_row,
-    read_sealed_row,
-    to_row,
-)
+from engine.contract.keys import ShardKeys
+from engine.contract.timers import CorruptTimerError, TimerRecord, to_row
 from engine.domain.instants import EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.protocol import (
@@ -43,6 +37,7 @@ from engine.store.protocol import (
     Group,
     IntakeFullError,
     KeepOutcome,
+    KeyDamagedError,
     Lease,
     News,
     Observed,
@@ -60,7 +55,6 @@ from engine.store.protocol import (
     SetOffset,
     ShardClock,
     ShardHead,
-    Standing,
     Superseded,
     Unattended,
     Undrained,
@@ -68,7 +62,9 @@ from engine.store.protocol import (
     UpdateEntry,
     View,
 )
+from engine.store.rows import Row, shown_in, standing_in, timer_in
 
+_names_of: Final = cache(ShardKeys.of)
 STAMP_BOUND_MS = 250
 PAGE_MAX = 1_000
 
@@ -98,6 +94,8 @@ class ShardMemory:
     troubleshooting: dict[str, bytes] = field(default_factory=dict)
     outcomes: dict[str, bytes] = field(default_factory=dict)
     seen: dict[str, tuple[EpochMs, str, str]] = field(default_factory=dict)
+    damaged: frozenset[str] = frozenset()
+    """Keys, by their Redis names, that are of another type: timers, sorted sets, cursor, intake and audit log."""
 
     def next_id(self) -> str:
         """A stream id: increasing, and deliberately no time."""
@@ -161,14 +159,23 @@ class MemoryStore:
         if self._deployment != shards:
             raise DeploymentMismatchError(f"this store holds {self._deployment} shards, the settings say {shards}")
 
+    def _require(self, shard: int, *names: str) -> ShardMemory:
+        memory = self.shards[shard]
+        for name in names:
+            if name in memory.damaged:
+                raise KeyDamagedError(f"{name} is of another type")
+        return memory
+
     async def append(
         self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
     ) -> list[Appended]:
-        memory = self.shards[shard]
+        names = _names_of(shard)
+        memory = self._require(shard, names.cursor, names.events)
         at = self._stamp(memory, est)
-        if self.limits.attendant:
-            self._attend(memory, at, begins=not drafts)
         held, added = len(memory.events), False
+        troubled = len(memory.troubleshooting) >= self._troubleshooting_max
+        if self.limits.attendant and held < self._intake_max and not troubled:
+            self._attend(memory, at, begins=not drafts)
         answer = []
         for n, draft in enumerate(drafts):
             first = memory.seen.get(draft.event_id)
@@ -181,7 +188,7 @@ class MemoryStore:
                 continue
             if not added and held + len(drafts) - n > self._intake_max:
                 raise IntakeFullError(f"the intake of shard {shard} holds {held} entries, its bound")
-            if not added and not by_operator and len(memory.troubleshooting) >= self._troubleshooting_max:
+            if not added and not by_operator and troubled:
                 raise IntakeFullError(f"shard {shard} has as many commands in troubleshooting as it may")
             memory.events.append(Entry(memory.next_id(), at, draft.event_id, draft.body))
             memory.seen |= dict.fromkeys(seen_ids, (at, f"{n} {command_id}", draft.subject))
@@ -248,26 +255,43 @@ class MemoryStore:
         return self.shards[shard].lease
 
     async def head(self, shard: int) -> ShardHead:
-        memory = self.shards[shard]
+        memory = self._require(shard, _names_of(shard).cursor)
         return ShardHead(memory.intake_cursor, memory.chain, EpochMs(memory.last_at))
 
     async def live(self, shard: int) -> AsyncIterator[list[TimerRecord | CorruptTimerError]]:
-        groups = self.shards[shard].groups
-        ids = [*groups[Group.LIVE], *groups[Group.PAUSED]]
-        for start in range(0, len(ids), PAGE_MAX):
-            page = await self.timers(shard, ids[start : start + PAGE_MAX])
-            yield [timer for timer in page if timer is not None]
+        memory = self.shards[shard]
+        for group in (Group.LIVE, Group.PAUSED):
+            if (name := _set_name(shard, group)) in memory.damaged:
+                yield [CorruptTimerError(f"{name} is of another type")]
+                continue
+            ids = list(memory.groups[group])
+            for start in range(0, len(ids), PAGE_MAX):
+                page = await self.timers(shard, ids[start : start + PAGE_MAX])
+                yield [timer for timer in page if timer is not None]
+
+    def _row(self, shard: int, auction_id: str) -> Row:
+        memory = self.shards[shard]
+        if memory.damaged and _names_of(shard).timer(auction_id) in memory.damaged:
+            return None
+        return to_row(memory.timers.get(auction_id, {}))
+
+    def _members(self, shard: int, group: Group) -> Mapping[str, int]:
+        memory = self.shards[shard]
+        return {} if memory.damaged and _set_name(shard, group) in memory.damaged else memory.groups[group]
 
     async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
-        timers = self.shards[shard].timers
-        return [read_sealed_row(to_row(timers.get(auction_id, {}))) for auction_id in auction_ids]
+        return [timer_in(auction_id, self._row(shard, auction_id)) for auction_id in auction_ids]
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
         return [self.shards[shard].offers.get(offer_id) for offer_id in offer_ids]
 
     async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
         def behind() -> dict[int, list[Entry]]:
-            found = {shard: _behind(self.shards[shard].events, since, count) for shard, since in after.items()}
+            found = {
+                shard: _behind(self.shards[shard].events, since, count)
+                for shard, since in after.items()
+                if not self.shards[shard].damaged or _names_of(shard).events not in self.shards[shard].damaged
+            }
             return {shard: entries for shard, entries in found.items() if entries}
 
         return behind() or (await self._wait(block_ms) and behind()) or {}
@@ -283,17 +307,17 @@ class MemoryStore:
         return True
 
     async def commit(self, batch: Batch) -> CommitResult:
-        memory = self.shards[batch.shard]
+        names = _names_of(batch.shard)
+        memory = self._require(batch.shard, names.cursor)
         if batch.commit_id == memory.last_commit:
             return Committed(EpochMs(memory.last_commit_at))
         if (batch.holder, batch.epoch) != (memory.lease.holder, memory.lease.epoch):
             return Fenced(memory.lease.epoch)
         if batch.after.intake != memory.intake_cursor or batch.after.chain != memory.chain:
             return Superseded(f"cursor {memory.intake_cursor}, audit {memory.chain.seq}")
-        for auction_id, version in batch.versions.items():
-            if memory.timers.get(auction_id, {}).get("version", "0") != str(version):
-                found = memory.timers.get(auction_id, {}).get("version", "0")
-                return Superseded(auction_id, auction_id, int(found) if found.isdigit() else None)
+        self._require(batch.shard, names.audit, names.events)
+        if (edited := self._edited(batch)) is not None:
+            return edited
         at = self._stamp(memory, batch.est)
         if batch.due_at is not None:
             if at < batch.due_at:
@@ -305,12 +329,43 @@ class MemoryStore:
             return refused
         if stream_order(batch.intake) >= stream_order(memory.outage_id):
             memory.outage_since = None
+        begun_anew = self._begin_anew(batch) if memory.damaged else ()
         for operation in batch.operations:
             self._apply(memory, operation, at)
         memory.intake_cursor, memory.chain = batch.intake, batch.chain
         memory.last_at, memory.last_commit, memory.last_commit_at = at, batch.commit_id, at
         self._grow()
-        return Committed(at)
+        return Committed(at, begun_anew)
+
+    def _edited(self, batch: Batch) -> Superseded | None:
+        for auction_id, version in batch.versions.items():
+            if self._row(batch.shard, auction_id) is None:
+                return Superseded(auction_id, auction_id, None)
+            found = self.shards[batch.shard].timers.get(auction_id, {}).get("version", "0")
+            if found != str(version):
+                return Superseded(auction_id, auction_id, int(found) if found.isdigit() else None)
+        return None
+
+    def _begin_anew(self, batch: Batch) -> tuple[str, ...]:
+        """What the batch writes over: the keys of another type that it touches, empty from now on."""
+        memory, names = self.shards[batch.shard], _names_of(batch.shard)
+        touched: dict[str, None] = {}
+        for operation in batch.operations:
+            match operation:
+                case PutTimer(auction_id):
+                    name = names.timer(auction_id)
+                    if name in memory.damaged and name not in touched:
+                        memory.timers[auction_id] = {}
+                    touched[name] = None
+                case PlaceLive() | PlacePaused() | PlaceClosed() | Displace():
+                    for group in (Group.LIVE, Group.PAUSED, Group.CLOSED):
+                        name = _set_name(batch.shard, group)
+                        if name in memory.damaged and name not in touched:
+                            memory.groups[group] = {}
+                        touched[name] = None
+        begun_anew = tuple(name for name in touched if name in memory.damaged)
+        memory.damaged -= set(begun_anew)
+        return begun_anew
 
     def _apply(self, memory: ShardMemory, operation: Operation, at: EpochMs) -> None:
         match operation:
@@ -386,7 +441,7 @@ class MemoryStore:
         groups[Group.CLOSED] = {name: at for name, at in groups[Group.CLOSED].items() if at >= before}
 
     async def audit_entries(self, shard: int, after: str, count: int) -> list[AuditEntry]:
-        records = self.shards[shard].audit
+        records = self._require(shard, _names_of(shard).audit).audit
         start = bisect_right(records, stream_order(after), key=lambda record: stream_order(_audit_id(record)))
         return [AuditEntry(_audit_id(record), dict(record)) for record in records[start : start + count]]
 
@@ -398,19 +453,15 @@ class MemoryStore:
         memory.audit = [record for record in memory.audit if stream_order(_audit_id(record)) >= stream_order(before)]
 
     async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
-        memory = self.shards[shard]
-        rows = {auction_id: to_row(memory.timers.get(auction_id, {})) for auction_id in auction_ids}
+        memory = self._require(shard, _names_of(shard).cursor)
+        members = {group: self._members(shard, group) for group in (Group.LIVE, Group.PAUSED, Group.CLOSED)}
         standings = {
-            auction_id: Standing(
-                read_row(row),
-                {
-                    group: memory.groups[group][auction_id]
-                    for group in (Group.LIVE, Group.PAUSED, Group.CLOSED)
-                    if auction_id in memory.groups[group]
-                },
-                is_sealed(row),
+            auction_id: standing_in(
+                auction_id,
+                self._row(shard, auction_id),
+                {group: placed[auction_id] for group, placed in members.items() if auction_id in placed},
             )
-            for auction_id, row in rows.items()
+            for auction_id in auction_ids
         }
         return Observed(memory.chain, EpochMs(memory.last_at), standings)
 
@@ -424,12 +475,12 @@ class MemoryStore:
                     listener.put_nowait((shard, payload))
 
     async def view(self, shard: int, auction_id: str) -> View:
-        timer = from_fields(self.shards[shard].timers.get(auction_id, {}))
+        timer = shown_in(auction_id, self._row(shard, auction_id))
         return View(timer, await self.last_update(shard))
 
     async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
         latest_first = group is Group.CLOSED
-        members = self.shards[shard].groups[group]
+        members = self._members(shard, group)
         ordered = sorted(((score, name) for name, score in members.items()), reverse=latest_first)
         if after is not None:
             edge = (after.score, after.auction_id)
@@ -508,6 +559,16 @@ def _order(entry: Entry | UpdateEntry | ReplyEntry) -> tuple[int, int]:
 
 def _audit_id(record: Mapping[str, str]) -> str:
     return f"{record['seq']}-0"
+
+
+def _set_name(shard: int, group: Group) -> str:
+    names = _names_of(shard)
+    return {
+        Group.LIVE: names.deadlines,
+        Group.PAUSED: names.paused,
+        Group.CLOSED: names.closed,
+        Group.PARKED: names.parked,
+    }[group]
 
 
 def _place(memory: ShardMemory, group: Group, auction_id: str, score: int) -> None:

@@ -14,6 +14,8 @@ from engine.contract.timers import CorruptTimerError, TimerRecord
 from engine.domain.instants import EpochMs
 from engine.domain.policy import EXTENSION_MS_MAX
 
+SCORE_MAX: Final = 2**53
+"""Up to here a score tells whole milliseconds apart; no deadline is nearly as high."""
 OUTAGE_HOLD_MS: Final = EXTENSION_MS_MAX
 """A close is held for an outage no longer than an extension can move an end: afterwards it could help nobody."""
 
@@ -26,6 +28,14 @@ class StoreUnavailableError(StoreError):
     """The store did not answer within the deadline of the call, retries included.
 
     Whether the call took effect is *unknown*: repeat it with the same command id, never with a new one.
+    """
+
+
+class KeyDamagedError(StoreUnavailableError):
+    """A key that the call cannot do without holds something else than ours: a hand has written over it.
+
+    Nothing was written, so that nothing is written by half. The message names the key. Repeating the call helps once a
+    person has seen to it.
     """
 
 
@@ -248,6 +258,11 @@ class Batch:
     5. if `closes_at` is set, a gateway has written to the shard since `outage_ms` before it (`Unattended`), and no outage
        that began before it is unapplied (`Undrained`). It holds for `OUTAGE_HOLD_MS` after `closes_at`, and only where
        outages count and a gateway has ever beaten.
+
+    Whatever hands have written over keys, a commit happens all or not at all. A timer of another type is of no version
+    (`Superseded`). What the log can give back, and what is on its way out (timers, sorted sets, troubleshooting, the event
+    lane, replies), is begun anew, by that one key. Without the cursor, the intake or the audit log there is no commit:
+    `KeyDamagedError`, before anything is written.
     """
 
     shard: int
@@ -267,9 +282,13 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Done. `at` is the stamp of the commit: no later event of the shard can carry an earlier arrival."""
+    """Done. `at` is the stamp of the commit: no later event of the shard can carry an earlier arrival.
+
+    `begun_anew` are keys that the commit found to be of another type, and has put ours in the place of.
+    """
 
     at: EpochMs
+    begun_anew: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,11 +405,14 @@ class Group(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A member of an ordered set. `score`: its deadline, its pause or its end; when a parked command was first seen."""
+    """A member of an ordered set. `score`: its deadline, its pause or its end; when a parked command was first seen.
+
+    A score that is no instant is `SCORE_MAX` or its negative, whichever is nearer: it equals no right one.
+    """
 
     score: int
     auction_id: str
-    """Of a parked command: the command id."""
+    """Of a parked command: the command id. Of what is no auction id: its name (`engine.contract.members`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,12 +533,14 @@ class Intake(Protocol):
         server clock cannot falsify it by more than 250 ms. A draft whose id was appended before with the same subject, or
         any of its seen ids, is a duplicate. Repeating a call with the same `command_id` repeats its answer.
 
-        Where the store is a gateway's (`StoreLimits.attendant`), the call also proves that producers can reach the shard;
-        with no drafts it does only that, and begins to. If no gateway did for longer than `outage_ms`, the outage is appended
-        before the drafts, as an event of its own.
+        Where the store is a gateway's (`StoreLimits.attendant`), the call also proves that producers can reach the shard, if
+        an event of theirs would be taken now: at its bounds it refuses them, whoever beats. With no drafts the call does only
+        that, and begins to. If no gateway did for longer than `outage_ms`, the outage is appended before the drafts, as an
+        event of its own.
 
         Raises:
             IntakeFullError: the shard's backlog is at its bound, or its troubleshooting is, which does not hinder operators.
+            KeyDamagedError: there is no intake to append to, or no cursor to stamp by.
             StoreUnavailableError: no answer in time; repeat with the same `command_id`.
         """
         ...
@@ -573,11 +597,18 @@ class ShardStore(LeaseStore, MemberStore, Protocol):
         ...
 
     async def head(self, shard: int) -> ShardHead:
-        """Where the fold of the shard stands."""
+        """Where the fold of the shard stands.
+
+        Raises:
+            KeyDamagedError: the cursor cannot be read.
+        """
         ...
 
     def live(self, shard: int) -> AsyncIterator[list[TimerRecord | CorruptTimerError]]:
-        """Every auction of the shard that is not over, in pages."""
+        """Every auction of the shard that is not over, in pages.
+
+        A sorted set that is none, and a member that is too long to be named, are a `CorruptTimerError` each.
+        """
         ...
 
     async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
@@ -597,7 +628,10 @@ class ShardStore(LeaseStore, MemberStore, Protocol):
         ...
 
     async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
-        """Entries behind the given stream ids, at most `count` per shard; waits up to `block_ms` if there are none."""
+        """Entries behind the given stream ids, at most `count` per shard; waits up to `block_ms` if there are none.
+
+        A shard whose intake is of another type has none.
+        """
         ...
 
     async def commit(self, batch: Batch) -> CommitResult:
@@ -645,7 +679,10 @@ class ViewStore(Protocol):
         ...
 
     async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
-        """The next members of a group behind `after`, by score; of closed auctions, the latest end first."""
+        """The next members of a group behind `after`, by score; of closed auctions, the latest end first.
+
+        A sorted set that is none has no members, and one that is too long to be named is left out.
+        """
         ...
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from math import floor
+from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 
@@ -13,20 +15,14 @@ from engine.contract import keys
 from engine.contract.audit import GENESIS, ChainHead
 from engine.contract.cursors import START
 from engine.contract.keys import ShardKeys
-from engine.contract.timers import (
-    FIELDS,
-    CorruptTimerError,
-    TimerRecord,
-    from_row,
-    is_sealed,
-    read_row,
-    read_sealed_row,
-)
+from engine.contract.members import member_of, name_of
+from engine.contract.timers import FIELDS, CorruptTimerError, TimerRecord
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.limits import StoreLimits
 from engine.store.link import Node, RedisLink, RedisRefusedError, heeding_cancellation
 from engine.store.protocol import (
     OUTAGE_HOLD_MS,
+    SCORE_MAX,
     Announce,
     Appended,
     AuditEntry,
@@ -43,6 +39,7 @@ from engine.store.protocol import (
     Group,
     IntakeFullError,
     KeepOutcome,
+    KeyDamagedError,
     Lease,
     News,
     Observed,
@@ -60,7 +57,6 @@ from engine.store.protocol import (
     SetOffset,
     ShardClock,
     ShardHead,
-    Standing,
     StoreUnavailableError,
     Superseded,
     Unattended,
@@ -69,7 +65,9 @@ from engine.store.protocol import (
     UpdateEntry,
     View,
 )
+from engine.store.rows import Row, shown_in, standing_in, timer_in
 from engine.store.scripts import APPEND, CLAIM, COMMIT, DELIVER, OBSERVE, RELEASE, RENEW, ROWS, VIEW, Script
+from engine.store.topology import Streams
 
 SCHEMA_VERSION: Final = "1"
 PAGE_MAX: Final = 1_000
@@ -84,8 +82,13 @@ _FEW_REPLICAS: Final = (
     "durability is 'replicated' and a primary has fewer than two replicas: after its failover none is left, and nothing is "
     "acknowledged until there is one again; give each primary two"
 )
+_WRONG_TYPE: Final = "WRONGTYPE"
+_STREAM_ID: Final = re.compile(r"\d{1,20}-\d{1,20}")
+_WHOLE: Final = re.compile(rb"-?\d{1,18}")
 TICKS_HELD_MAX: Final = 1_000
 """Messages of the tick lanes of a Cluster that wait for their reader; then the nodes wait."""
+
+T = TypeVar("T")
 
 
 class RedisStore:
@@ -113,9 +116,26 @@ class RedisStore:
     ) -> Any:
         return await self.link.run(script, names, args, told=told)
 
-    async def _read(self, *command: str | bytes | int, told: bool = True) -> Any:
-        """One command, whose first argument is the key that it is about."""
-        return await self.link.ask(str(command[1]), *command, told=told)
+    async def _read(self, *command: str | bytes | int, told: bool = True, blocking: bool = False) -> Any:
+        """One command, whose first argument is the key that it is about.
+
+        Raises:
+            KeyDamagedError: that key is of another type.
+        """
+        try:
+            return await self.link.ask(str(command[1]), *command, told=told, blocking=blocking)
+        except RedisRefusedError as error:
+            if _says(error, _WRONG_TYPE):
+                raise KeyDamagedError(f"{command[1]!s} is of another type") from error
+            raise
+
+    async def _read_if(self, nothing: T, *command: str | bytes | int, told: bool = True, blocking: bool = False) -> T:
+        """As `_read`; `nothing`, of a key that is of another type: then nothing of ours is there."""
+        try:
+            answer: T = await self._read(*command, told=told, blocking=blocking)
+        except KeyDamagedError:
+            return nothing
+        return answer
 
     # The authority's clock.
 
@@ -128,7 +148,7 @@ class RedisStore:
         (seconds, micros), (offset, corrections) = await self._once(
             cursor, ("TIME",), ("HMGET", cursor, "offset", "corrections")
         )
-        return ShardClock(int(seconds) * 1_000_000 + int(micros), int(offset or 0), int(corrections or 0))
+        return ShardClock(int(seconds) * 1_000_000 + int(micros), _number(offset) or 0, _number(corrections) or 0)
 
     async def state_clock(self, name: str, body: bytes) -> None:
         await self._once(keys.CLOCKS, ("HSET", keys.CLOCKS, name, body))
@@ -201,8 +221,8 @@ class RedisStore:
         limits = self.limits
         args: list[str | bytes | int] = [
             est, limits.stamp_bound_ms, command_id, limits.seen_ms, limits.intake_max,
-            0 if by_operator else limits.troubleshooting_max,
-            limits.attendant, limits.outage_ms, limits.outage_extension_ms, len(drafts),
+            limits.troubleshooting_max,
+            limits.attendant, limits.outage_ms, limits.outage_extension_ms, int(by_operator), len(drafts),
         ]  # fmt: skip
         for draft in drafts:
             # No event id has a space: beside the mark of another event of this id there is room for one per subject.
@@ -210,6 +230,8 @@ class RedisStore:
             key_names.extend(names.seen_prefix + seen for seen in seen_ids)
             args += (draft.event_id, draft.subject, len(seen_ids), draft.body)
         answer = await self._run(APPEND, key_names, args)
+        if answer[0] == b"DAMAGED":
+            raise _damaged(answer[1])
         if answer[0] == b"FULL":
             raise IntakeFullError(f"the intake of shard {shard} holds {int(answer[1])} entries, its bound")
         if answer[0] == b"TROUBLED":
@@ -226,7 +248,7 @@ class RedisStore:
     async def claim(self, shard: int, holder: str, seen: Lease | None) -> Lease:
         args = (holder, seen.epoch, seen.beat) if seen else (holder, -1, -1)
         now_holder, epoch, beat = await self._run(CLAIM, [self._keys(shard).lease], args)
-        return Lease(now_holder.decode(), int(epoch), int(beat))
+        return Lease(now_holder.decode(errors="replace"), int(epoch), int(beat))
 
     async def renew(self, shard: int, holder: str, epoch: int) -> bool:
         # What keeps a lease or is a sign of life promises nothing to anybody, so it waits for no replica.
@@ -236,9 +258,19 @@ class RedisStore:
         await self._run(RELEASE, [self._keys(shard).lease], [holder, epoch], told=False)
 
     async def beat_member(self, name: str) -> Mapping[str, int]:
-        await self._read("HINCRBY", keys.ENGINES, name, 1, told=False)
-        beats = _texts(await self._read("HGETALL", keys.ENGINES, told=False))
-        return {member: int(count) for member, count in beats.items()}
+        try:
+            await self._read("HINCRBY", keys.ENGINES, name, 1, told=False)
+        except KeyDamagedError:
+            # Whoever is there beats within a heartbeat.
+            await self._read("DEL", keys.ENGINES, told=False)
+        except RedisRefusedError as error:
+            if not _says(error, "hash value is not an integer", "increment or decrement would overflow"):
+                raise
+            await self._read("HDEL", keys.ENGINES, name, told=False)
+        nothing: Any = []
+        answer = await self._read_if(nothing, "HGETALL", keys.ENGINES, told=False)
+        pairs = answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=True)
+        return {_text(member): _number(count) or 0 for member, count in pairs}
 
     async def forget_member(self, name: str) -> None:
         await self._read("HDEL", keys.ENGINES, name, told=False)
@@ -246,32 +278,50 @@ class RedisStore:
     # The fold.
 
     async def head(self, shard: int) -> ShardHead:
-        row = await self._read("HMGET", self._keys(shard).cursor, "intake", "seq", "hash", "last_at")
-        intake, seq, chain_hash, last_at = (None if value is None else value.decode() for value in row)
-        return ShardHead(intake or START, ChainHead(int(seq or 0), chain_hash or GENESIS), EpochMs(int(last_at or 0)))
+        cursor = self._keys(shard).cursor
+        intake, seq, chain_hash, last_at = await self._read("HMGET", cursor, "intake", "seq", "hash", "last_at")
+        place = START if intake is None else intake.decode(errors="replace")
+        if not _STREAM_ID.fullmatch(place):
+            raise KeyDamagedError(f"{cursor} names no place in the intake: {place[:100]!r}")
+        return ShardHead(place, _chain(cursor, seq, chain_hash), EpochMs(_number(last_at) or 0))
 
     async def live(self, shard: int) -> AsyncIterator[list[TimerRecord | CorruptTimerError]]:
         names = self._keys(shard)
         for placed in (names.deadlines, names.paused):
             start = 0
-            while ids := await self._read("ZRANGE", placed, start, start + PAGE_MAX - 1):
-                start += len(ids)
-                yield [
-                    timer for timer in await self.timers(shard, [name.decode() for name in ids]) if timer is not None
+            while members := await self._members(placed, start):
+                if isinstance(members, CorruptTimerError):
+                    yield [members]
+                    break
+                start += len(members)
+                ids = [name for name in map(name_of, members) if name is not None]
+                found: list[TimerRecord | CorruptTimerError | None] = [
+                    CorruptTimerError(f"{placed}: {member[:100]!r} is no auction id")
+                    for member in members
+                    if name_of(member) is None
                 ]
+                yield [timer for timer in found + await self.timers(shard, ids) if timer is not None]
+
+    async def _members(self, placed: str, start: int) -> list[bytes] | CorruptTimerError:
+        try:
+            members: list[bytes] = await self._read("ZRANGE", placed, start, start + PAGE_MAX - 1)
+        except KeyDamagedError as error:
+            return CorruptTimerError(str(error))
+        return members
 
     async def timers(self, shard: int, auction_ids: Sequence[str]) -> list[TimerRecord | CorruptTimerError | None]:
         prefix = self._keys(shard).timer_prefix
         found: list[TimerRecord | CorruptTimerError | None] = []
         for start in range(0, len(auction_ids), PAGE_MAX):
-            names = [prefix + auction_id for auction_id in auction_ids[start : start + PAGE_MAX]]
-            found.extend(map(read_sealed_row, await self._run(ROWS, names, FIELDS)))
+            page = auction_ids[start : start + PAGE_MAX]
+            rows = await self._run(ROWS, [prefix + auction_id for auction_id in page], FIELDS)
+            found.extend(timer_in(auction_id, _row(row)) for auction_id, row in zip(page, rows, strict=True))
         return found
 
     async def offers(self, shard: int, offer_ids: Sequence[str]) -> list[str | None]:
         prefix = self._keys(shard).offer_prefix
         row = await self._read("MGET", *(prefix + offer_id for offer_id in offer_ids))
-        return [None if value is None else value.decode() for value in row]
+        return [None if value is None else value.decode(errors="replace") for value in row]
 
     async def read_intake(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[Entry]]:
         answer = await self._xread(
@@ -283,9 +333,31 @@ class RedisStore:
         self, streams: Sequence[tuple[str, int, str]], count: int, block_ms: int
     ) -> dict[int, list[tuple[bytes, list[bytes]]]]:
         names, shards, since = zip(*streams, strict=True)
-        answer = await self.link.read_streams(names, since, count, block_ms)
+        answer = await self._streams(names, since, count, block_ms)
         shard_of = dict(zip(names, shards, strict=True))
         return {shard_of[name]: rows for name, rows in answer.items()}
+
+    async def _streams(
+        self,
+        names: Sequence[str],
+        since: Sequence[str],
+        count: int,
+        block_ms: int,
+        never_alone: Collection[str] = (),
+    ) -> Streams:
+        """As `RedisLink.read_streams`, without those that are none: one that was written over does not keep the others."""
+        try:
+            return await self.link.read_streams(names, since, count, block_ms, never_alone=never_alone)
+        except RedisRefusedError as error:
+            if not _says(error, _WRONG_TYPE):
+                raise
+        kinds = [await self._read("TYPE", name, told=False) for name in names]
+        sound = [index for index, kind in enumerate(kinds) if _text(kind) in ("stream", "none")]
+        if not sound:
+            await asyncio.sleep(block_ms / 1_000)
+            return {}
+        kept, places = [names[index] for index in sound], [since[index] for index in sound]
+        return await self._streams(kept, places, count, block_ms, never_alone)
 
     async def commit(self, batch: Batch) -> CommitResult:
         names, args = self._spell(batch)
@@ -294,9 +366,12 @@ class RedisStore:
             case b"OK":
                 if self._keys(batch.shard).outbox in names:
                     self.link.begin(self._deliver_soon(batch.shard))
-                return Committed(EpochMs(int(answer[1])))
+                begun_anew = dict.fromkeys(name.decode(errors="replace") for name in answer[2:])
+                return Committed(EpochMs(int(answer[1])), tuple(begun_anew))
+            case b"DAMAGED":
+                raise _damaged(answer[1])
             case b"FENCED":
-                return Fenced(int(answer[1]))
+                return Fenced(_number(answer[1]) or 0)
             case b"SUPERSEDED":
                 return _superseded(batch, answer[1:])
             case b"EARLY":
@@ -335,26 +410,29 @@ class RedisStore:
         ]  # fmt: skip
         for auction_id, version in batch.versions.items():
             args += (key(names.timer_prefix + auction_id), version)
-        for operation in batch.operations:
+        # Records come first: if the audit log takes none, nothing else may have been written.
+        for operation in sorted(batch.operations, key=lambda operation: not isinstance(operation, Record)):
             _spell_operation(operation, names, key, args, in_one_slot=self.link.is_cluster)
         return key_names, args
 
     async def parked(self, shard: int) -> int:
-        return int(await self._read("ZCARD", self._keys(shard).parked))
+        return int(await self._read_if(0, "ZCARD", self._keys(shard).parked))
 
     async def parked_commands(self, shard: int, command_ids: Sequence[str]) -> list[bytes | None]:
-        return list(await self._read("HMGET", self._keys(shard).troubleshooting, *command_ids))
+        nothing: list[bytes | None] = [None] * len(command_ids)
+        return list(await self._read_if(nothing, "HMGET", self._keys(shard).troubleshooting, *command_ids))
 
     async def outcome(self, shard: int, command_id: str) -> bytes | None:
-        found: bytes | None = await self._read("GET", self._keys(shard).command_prefix + command_id)
-        return found
+        name = self._keys(shard).command_prefix + command_id
+        return await self._read_if(None, "GET", name)
 
     async def is_applied(self, shard: int, event_id: str) -> bool | None:
         names = self._keys(shard)
-        mark = await self._read("GET", names.seen_prefix + event_id)
-        if mark is None:
+        mark = await self._read_if(b"", "GET", names.seen_prefix + event_id)
+        at = _number((mark or b"").partition(b" ")[0])
+        if at is None:
             return None
-        at, after = int(mark.split(b" ", 1)[0]), (await self.head(shard)).intake
+        after = (await self.head(shard)).intake
         # Arrivals never go back along the stream: the first one behind the cursor decides, unless it is the very same.
         while rows := await self._read("XRANGE", names.events, f"({after}", "+", "COUNT", WAITING_PAGE):
             for _, fields in rows:
@@ -374,7 +452,7 @@ class RedisStore:
         await self._read("XTRIM", self._keys(shard).events, "MINID", "~", before)
 
     async def forget_closed(self, shard: int, before: EpochMs) -> None:
-        await self._read("ZREMRANGEBYSCORE", self._keys(shard).closed, "-inf", f"({before}")
+        await self._read_if(0, "ZREMRANGEBYSCORE", self._keys(shard).closed, "-inf", f"({before}")
 
     async def publish(self, lines: Mapping[int, bytes]) -> None:
         try:
@@ -399,28 +477,47 @@ class RedisStore:
     async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
         names = self._keys(shard)
         key_names = [names.cursor, names.deadlines, names.paused, names.closed, *map(names.timer, auction_ids)]
-        seq, chain_hash, at, *rows = await self._run(OBSERVE, key_names, [len(FIELDS), *FIELDS, *auction_ids])
+        args: list[str | bytes | int] = [len(FIELDS), *FIELDS, *map(member_of, auction_ids)]
+        try:
+            seq, chain_hash, at, *rows = await self._run(OBSERVE, key_names, args)
+        except RedisRefusedError as error:
+            if _says(error, _WRONG_TYPE):
+                raise KeyDamagedError(f"{names.cursor} is of another type") from error
+            raise
         groups = (Group.LIVE, Group.PAUSED, Group.CLOSED)
         standings = {
-            auction_id: Standing(
-                read_row(row[3:]),
-                {group: int(float(score)) for group, score in zip(groups, row[:3], strict=True) if score is not None},
-                is_sealed(row[3:]),
+            auction_id: standing_in(
+                auction_id,
+                _row(row[3:]),
+                {group: _score(score) for group, score in zip(groups, row[:3], strict=True) if score is not None},
             )
             for auction_id, row in zip(auction_ids, rows, strict=True)
         }
-        return Observed(ChainHead(int(seq), chain_hash.decode() or GENESIS), EpochMs(int(at)), standings)
+        return Observed(_chain(names.cursor, seq, chain_hash or None), EpochMs(_number(at) or 0), standings)
 
     async def record_reconciliation(self, fields: Mapping[str, str]) -> None:
         pairs = [text for pair in fields.items() for text in pair]
-        await self._read("XADD", keys.RECONCILIATIONS, "MAXLEN", "~", self.limits.reconciliations_max, "*", *pairs)
+        entry: tuple[str | int, ...] = (
+            "XADD",
+            keys.RECONCILIATIONS,
+            "MAXLEN",
+            "~",
+            self.limits.reconciliations_max,
+            "*",
+            *pairs,
+        )
+        try:
+            await self._read(*entry)
+        except KeyDamagedError:
+            await self._read("DEL", keys.RECONCILIATIONS)
+            await self._read(*entry)
 
     # The gateway's side.
 
     async def view(self, shard: int, auction_id: str) -> View:
         names = self._keys(shard)
         answer = await self._run(VIEW, [names.timer(auction_id), names.updates], FIELDS)
-        return View(from_row(answer[1:]), answer[0].decode())
+        return View(shown_in(auction_id, _row(answer[1:])), answer[0].decode())
 
     async def page(self, shard: int, group: Group, after: Placed | None, count: int) -> list[Placed]:
         names = self._keys(shard)
@@ -432,18 +529,31 @@ class RedisStore:
             Group.PARKED: names.parked,
         }[group]
         first, last, order = ("+inf", "-inf", ("REV",)) if latest_first else ("-inf", "+inf", ())
-        if after:
+        # A score that is no whole number was rounded down.
+        if after and latest_first and after.score < SCORE_MAX:
+            first = f"({after.score + 1}"
+        elif after and not latest_first and after.score > -SCORE_MAX:
             first = str(after.score)
         found: list[Placed] = []
-        offset = 0
-        # Equal scores are ordered by id: what stands before `after` among them was on an earlier page.
-        while len(found) < count:
-            row = await self._read("ZRANGE", name, first, last, "BYSCORE", *order, "LIMIT", offset, count, "WITHSCORES")
-            placed = [Placed(int(float(score)), member.decode()) for member, score in _scored(row)]
-            found += [at for at in placed if after is None or _behind(at, after, latest_first)]
-            offset += len(placed)
-            if len(placed) < count:
+        offset, edge, odd = 0, None, set()
+        # Equal scores are ordered by id: what stands before `after` among them was on an earlier page. Where a hand has put
+        # something among them they are not, and are read to the last.
+        while len(found) < count or edge in odd:
+            row = _scored(
+                await self._read_if(
+                    [], "ZRANGE", name, first, last, "BYSCORE", *order, "LIMIT", offset, count, "WITHSCORES"
+                )
+            )
+            for member, score in row:
+                at, edge = _placed(group, member, score), _score(score)
+                if at is None or at.auction_id.startswith("%") or float(score) != edge:
+                    odd.add(edge)
+                if at is not None and (after is None or _behind(at, after, latest_first)):
+                    found.append(at)
+            offset += len(row)
+            if len(row) < count:
                 break
+        found.sort(key=lambda at: (at.score, at.auction_id), reverse=latest_first)
         return found[:count]
 
     async def last_update(self, shard: int) -> str:
@@ -453,20 +563,21 @@ class RedisStore:
     async def holds_update(self, shard: int, entry: UpdateEntry) -> bool:
         at = entry.stream_id
         # Asked where the lane is read.
-        rows = await self.link.ask(
-            self._keys(shard).updates, "XREVRANGE", self._keys(shard).updates, at, at, blocking=True, told=False
-        )
+        updates = self._keys(shard).updates
+        rows: list[Any] = await self._read_if([], "XREVRANGE", updates, at, at, blocking=True, told=False)
         return [update_entry(stream_id, values) for stream_id, values in rows] == [entry]
 
     async def recent_updates(self, shard: int, count: int, upto: str | None = None) -> list[UpdateEntry]:
-        answer = await self._read("XREVRANGE", self._keys(shard).updates, upto or "+", "-", "COUNT", count)
+        updates = self._keys(shard).updates
+        answer: list[Any] = await self._read_if([], "XREVRANGE", updates, upto or "+", "-", "COUNT", count)
         return [update_entry(stream_id, values) for stream_id, values in reversed(answer)]
 
     async def lease(self, shard: int) -> Lease:
         """The lease of a shard, as it stands."""
-        row = await self._read("HMGET", self._keys(shard).lease, "holder", "epoch", "beat")
-        holder, epoch, beat = (value.decode() if value else "" for value in row)
-        return Lease(holder, int(epoch or 0), int(beat or 0))
+        nothing: list[bytes | None] = [None, None, None]
+        row = await self._read_if(nothing, "HMGET", self._keys(shard).lease, "holder", "epoch", "beat")
+        holder, epoch, beat = row
+        return Lease((holder or b"").decode(errors="replace"), _number(epoch) or 0, _number(beat) or 0)
 
     async def read_updates(self, after: Mapping[int, str], count: int, block_ms: int) -> dict[int, list[UpdateEntry]]:
         streams = [(self._keys(shard).updates, shard, since) for shard, since in after.items()]
@@ -479,7 +590,7 @@ class RedisStore:
         lanes = {self._keys(shard).updates: shard for shard in updates}
         askers = {keys.replies(reply_to): reply_to for reply_to in replies}
         names, since = [*lanes, *askers], [*updates.values(), *replies.values()]
-        answer = await self.link.read_streams(names, since, count, block_ms, never_alone=askers)
+        answer = await self._streams(names, since, count, block_ms, never_alone=askers)
         news = News({}, {})
         for name, rows in answer.items():
             if name in lanes:
@@ -494,14 +605,19 @@ class RedisStore:
         outbox = self._keys(shard).outbox
         # One after another: whoever asked twice is answered in order.
         async with self._delivering.setdefault(shard, asyncio.Lock()):
-            while rows := await self._read("XRANGE", outbox, "-", "+", "COUNT", PAGE_MAX):
+            nothing: list[tuple[bytes, dict[bytes, bytes]]] = []
+            while rows := await self._read_if(nothing, "XRANGE", outbox, "-", "+", "COUNT", PAGE_MAX):
                 for stream_id, fields in rows:
                     await self._deliver(shard, stream_id, fields)
                     await self._read("XDEL", outbox, stream_id, told=False)
 
     async def _deliver(self, shard: int, stream_id: bytes, fields: Mapping[bytes, bytes]) -> None:
-        stream = keys.replies(fields[b"reply_to"].decode())
-        command_id = fields[b"command_id"].decode()
+        try:
+            stream = keys.replies(fields[b"reply_to"].decode())
+            command_id = fields[b"command_id"].decode()
+            fields[b"outcome"], fields[b"body"]
+        except (KeyError, UnicodeDecodeError):
+            return  # no commit has written it
         args = (
             stream_id,
             fields[b"outcome"],
@@ -606,7 +722,7 @@ def _texts(answer: Any) -> dict[str, str]:
 
 
 def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _superseded(batch: Batch, answer: Sequence[Any]) -> Superseded:
@@ -615,6 +731,43 @@ def _superseded(batch: Batch, answer: Sequence[Any]) -> Superseded:
         return Superseded(what)
     auction_id = list(batch.versions)[int(answer[1]) - 1]
     return Superseded(what, auction_id, int(answer[2]) if _is_instant(answer[2]) else None)
+
+
+def _says(error: RedisRefusedError, *beginnings: str) -> bool:
+    """Whether Redis refused with an error that begins so. A pipeline puts the command before what Redis said."""
+    said = str(error.__cause__).rpartition(" of pipeline caused error: (")[2].lstrip("'\"")
+    return said.removeprefix("ERR ").startswith(beginnings)
+
+
+def _damaged(name: bytes) -> KeyDamagedError:
+    return KeyDamagedError(f"{name.decode(errors='replace')} is of another type")
+
+
+def _number(value: bytes | None) -> int | None:
+    """A whole number that one of ours has written; None if it is none."""
+    return int(value) if value is not None and _WHOLE.fullmatch(value) else None
+
+
+def _chain(cursor: str, seq: bytes | None, chain_hash: bytes | None) -> ChainHead:
+    number = 0 if seq is None else _number(seq)
+    if number is None:
+        raise KeyDamagedError(f"{cursor} names no audit record")
+    return ChainHead(number, GENESIS if chain_hash is None else chain_hash.decode(errors="replace"))
+
+
+def _row(values: Sequence[bytes | None]) -> Row:
+    # Of a key of another type the scripts give one value: what Redis says of it.
+    return values if len(values) == len(FIELDS) else None
+
+
+def _score(text: bytes) -> int:
+    """A score as a whole number: rounded down, and what is no instant at an end of the scale."""
+    return floor(max(-SCORE_MAX, min(SCORE_MAX, float(text))))
+
+
+def _placed(group: Group, member: bytes, score: bytes) -> Placed | None:
+    name = member.decode(errors="replace") if group is Group.PARKED else name_of(member)
+    return None if name is None else Placed(_score(score), name)
 
 
 def _entry(stream_id: bytes, values: list[bytes]) -> Entry:
@@ -653,7 +806,8 @@ def update_entry(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
 
 def _reply(stream_id: bytes, values: list[bytes]) -> ReplyEntry:
     fields = dict(zip(values[::2], values[1::2], strict=True))
-    return ReplyEntry(stream_id.decode(), fields.get(b"command_id", b"").decode(), fields.get(b"body", b"{}"))
+    command_id = fields.get(b"command_id", b"").decode(errors="replace")
+    return ReplyEntry(stream_id.decode(), command_id, fields.get(b"body", b"{}"))
 
 
 def _record(fields: Mapping[bytes, bytes]) -> dict[str, str]:

@@ -66,6 +66,10 @@ class Bench(ABC):
         """Overwrite a field of a timer hash."""
 
     @abstractmethod
+    async def break_key(self, shard: int, name: str) -> None:
+        """Put something of another type in the place of a key of a shard."""
+
+    @abstractmethod
     async def shift_authority(self, shard: int, offset_ms: int) -> None:
         """Set the sequenced offset of a shard."""
 
@@ -129,6 +133,9 @@ class MemoryBench(Bench):
     async def damage(self, shard: int, auction_id: str, field: str, value: str) -> None:
         self.store.shards[shard].timers[auction_id][field] = value
 
+    async def break_key(self, shard: int, name: str) -> None:
+        self.store.shards[shard].damaged |= {name}
+
     async def shift_authority(self, shard: int, offset_ms: int) -> None:
         self.store.shards[shard].offset_ms = offset_ms
 
@@ -180,6 +187,7 @@ class RedisBench(Bench):
                 b"hash": ("HGETALL", key),
                 b"zset": ("ZRANGE", key, 0, -1, "WITHSCORES"),
                 b"stream": ("XRANGE", key, "-", "+"),
+                b"list": ("LRANGE", key, 0, -1),
             }[kind]
             held[key] = (await self._run(*command), await self._run("PTTL", key) >= 0)
         return held
@@ -190,6 +198,10 @@ class RedisBench(Bench):
 
     async def damage(self, shard: int, auction_id: str, field: str, value: str) -> None:
         await self._run("HSET", ShardKeys.of(shard).timer(auction_id), field, value)
+
+    async def break_key(self, shard: int, name: str) -> None:
+        await self._run("DEL", name)
+        await self._run("RPUSH", name, "x")
 
     async def shift_authority(self, shard: int, offset_ms: int) -> None:
         await self._run("HSET", ShardKeys.of(shard).cursor, "offset", str(offset_ms))

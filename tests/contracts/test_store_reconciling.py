@@ -16,7 +16,9 @@ from engine.store.protocol import (
     Displace,
     Draft,
     Group,
+    IntakeFullError,
     Observed,
+    Park,
     PlaceClosed,
     PlaceLive,
     PlacePaused,
@@ -82,14 +84,18 @@ async def test_an_edited_version_is_named(bench: Bench, found: str, said: int | 
 # Attendance (requirement B8). The estimate falsifies the stamp by at most 250 ms, so time passes by `shift_authority`.
 
 
-async def beat(bench: Bench, by_ms: int, *drafts: Draft, limits: StoreLimits = LIMITS) -> EpochMs:
+async def beat(
+    bench: Bench, by_ms: int, *drafts: Draft, limits: StoreLimits = LIMITS, store: Any = None, by_operator: bool = False
+) -> EpochMs:
     """A gateway writes `by_ms` from now; the stamp it got."""
-    bench.store.limits, before = limits, bench.store.limits
+    store = store or bench.store
+    store.limits, before = limits, store.limits
     await bench.shift_authority(0, by_ms)
     try:
-        await bench.store.append(0, list(drafts), EpochMs(bench.now() + by_ms), f"beat-{by_ms}-{len(drafts)}")
+        est = EpochMs(bench.now() + by_ms)
+        await store.append(0, list(drafts), est, f"beat-{by_ms}-{len(drafts)}", by_operator=by_operator)
     finally:
-        bench.store.limits = before
+        store.limits = before
     return EpochMs(bench.now() + by_ms)
 
 
@@ -142,6 +148,33 @@ async def test_a_beat_that_comes_late_does_not_take_back_what_a_later_one_has_sh
     assert await intake(bench) == []
     await beat(bench, 14_500)
     assert len(await intake(bench)) == 1
+
+
+@pytest.mark.requirement("B8")
+@pytest.mark.parametrize("full", ["intake", "troubleshooting"])
+async def test_who_would_be_refused_does_not_count_as_there(bench: Bench, full: str) -> None:
+    """Beats, repetitions and operators' commands reach a shard that takes nothing from producers: to them it is away."""
+    await beat(bench, 0, draft("first"))
+    await beat(bench, 0)
+    if full == "intake":
+        tight = bench.with_intake_max(1)
+    else:
+        tight = bench.with_troubleshooting_max(1)
+        await bench.store.commit(await batch_on(bench, Park("c-1", EpochMs(5), b"{}")))
+    limits = replace(tight.limits, attendant="gateway-1", outage_extension_ms=120_000)
+    await beat(bench, 2_000, store=tight, limits=limits)
+    await beat(bench, 4_000, draft("first"), store=tight, limits=limits)
+    for by_operator in (False, True) if full == "intake" else (False,):
+        with pytest.raises(IntakeFullError):
+            await beat(bench, 6_000, draft("second"), store=tight, limits=limits, by_operator=by_operator)
+    if full == "troubleshooting":
+        await beat(bench, 6_500, draft("order"), store=tight, limits=limits, by_operator=True)
+    await beat(bench, 7_000, store=tight, limits=limits)
+    assert "outage" not in [entry.event_id[:6] for entry in await intake(bench)]
+    await beat(bench, 8_000)
+    outage = decode((await intake(bench))[-1].event_id, (await intake(bench))[-1].body).event
+    assert isinstance(outage, Outage)
+    assert 7_500 <= outage.until - outage.since <= 8_500
 
 
 @pytest.mark.requirement("B8")

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from engine import shard as shard_module
 from engine.contract.audit import verify
 from engine.contract.intake import EventType
+from engine.contract.keys import ShardKeys
 from engine.contract.offers import auction_bound_in
 from engine.domain.events import Bid
 from engine.domain.instants import EpochMs
@@ -28,8 +29,9 @@ from tests.fakes.events import (
     resume,
     start,
 )
+from tests.fakes.loop import run
 from tests.fakes.store import Fault, FaultyStore
-from tests.fakes.world import QUICK, Worker, World, at
+from tests.fakes.world import QUICK, Worker, World, at, passes
 
 LIFE = ["auction_timer_registered", "auction_timer_started", "auction_timer_closing", "auction_timer_ended"]
 
@@ -446,6 +448,82 @@ async def test_events_for_a_damaged_timer_wait(world: World, worker: Worker, dam
     assert world.facts("b")[-1] == "bid_accepted"
     await worker.live_until(at(400))
     assert await ended_at(world, "b") == at(310)
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.requirement("R12")
+async def test_a_timer_that_was_written_over_is_put_back(world: World, worker: Worker) -> None:
+    """The engine that holds the auction writes all of it in the place of what is there, with the next event, and says so."""
+    await world.append(quick("a"), quick("b"))
+    await worker.live_until(at(290))
+    fields, name = dict(world.shard.timers["a"]), ShardKeys.of(0).timer("a")
+    world.shard.damaged |= {name}
+    await world.append(bid("a", "for-a"), bid("b", "for-b"))
+    with capture_logs() as lines:
+        await worker.work(turns_max=20)
+    assert [(line["event"], line.get("key")) for line in lines] == [
+        ("commit_superseded", None),
+        ("key_begun_anew", name),
+    ]
+    assert world.shard.damaged == frozenset()
+    assert world.shard.timers["a"].keys() == fields.keys()
+    await worker.live_until(at(400))
+    assert [await ended_at(world, "a"), await ended_at(world, "b")] == [at(350), at(350)]
+    assert world.facts("a") == world.facts("b")
+
+
+@pytest.mark.requirement("R29")
+async def test_an_engine_that_finds_a_timer_or_a_set_written_over_holds_what_it_cannot_read(world: World) -> None:
+    """It says what it is, and works on everything else; an event for the one waits."""
+    worker = await Worker(world).begin()
+    await world.append(quick("a"), quick("b"))
+    await worker.work()
+    world.shard.damaged |= {ShardKeys.of(0).timer("a"), ShardKeys.of(0).paused}
+    with capture_logs() as lines:
+        worker = await Worker(world).begin()
+    assert [line["event"] for line in lines] == ["timer_unreadable", "timer_unreadable"]
+    assert worker.sample("auctions_timers_held_total") == 2
+    await world.append(bid("a", "for-a"), bid("b", "for-b"))
+    await worker.live_until(at(400))
+    assert world.parked()["bid-for-a"]["error_code"] == "TIMER_UNREADABLE"
+    assert await ended_at(world, "b") == at(310)
+    assert ShardKeys.of(0).timer("a") in world.shard.damaged
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize("key", ["cursor", "events", "audit"])
+def test_a_shard_that_was_written_over_waits_for_a_person(key: str) -> None:
+    """It says which key it is, tries again now and then, and goes on where it stood when that is put right."""
+
+    world = World()
+
+    async def looking(worker: Worker, seconds: int) -> None:
+        for _ in range(seconds):
+            await passes(1)
+            await worker.look()
+
+    async def story() -> None:
+        worker = await Worker(world).begin()
+        await world.append(quick())
+        await worker.work()
+        name = getattr(ShardKeys.of(0), key)
+        world.shard.damaged |= {name}
+        running = asyncio.create_task(worker.shard.run())
+        with capture_logs() as lines:
+            worker.shard.doubt()
+            await looking(worker, 21)
+        assert {line["event"] for line in lines} == {"shard_held"}
+        assert 2 <= len(lines) <= 6
+        assert all(name in line["error"] for line in lines)
+        assert world.facts("a") == LIFE[:1]
+        world.shard.damaged = frozenset()
+        await looking(worker, 6)
+        assert world.facts("a") == LIFE[:2]
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    run(world.line, story)
 
 
 # Cancellations before and after the start (requirement R19).

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.contract.keys import shard_of
+from engine.contract.keys import ShardKeys, shard_of
 from engine.contract.timers import sealed
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.store.memory import MemoryStore
-from engine.store.protocol import Group, Placed
+from engine.store.protocol import SCORE_MAX, Group, Placed
 from gateway import listing
 from gateway.listing import Place, list_auctions
 from tests.fakes.clock import BORN_MS
@@ -149,6 +149,23 @@ async def test_what_cannot_be_shown_is_passed_over() -> None:
     memory.timers["n-5"] = sealed(record("n-5", status=Status.TOMBSTONE))
     names, _ = await paged(store, 1, None, None, 2)
     assert names == ["n-0", "n-2", "n-4", "n-6", "n-7"]
+
+
+@pytest.mark.requirement("R29")
+async def test_damage_costs_the_listing_only_what_is_damaged() -> None:
+    """A timer of another type, a copy under another id, a member that is no id, a score that is no instant, a whole set."""
+    store: Any = stored([(f"n-{number}", Status.ACTIVE, number) for number in range(6)] + [("p", Status.PAUSED, 1)], 2)
+    for memory in store.shards.values():
+        memory.groups[Group.LIVE]["%FF%FE%20bad"] = ENDS_AT
+    keys = {number: ShardKeys.of(shard_of(f"n-{number}", 2)) for number in range(6)}
+    store.shards[keys[1].shard].damaged |= {keys[1].timer("n-1")}
+    store.shards[keys[3].shard].timers["n-3"] = sealed(record("n-4"))
+    store.shards[keys[5].shard].groups[Group.LIVE]["n-5"] = SCORE_MAX
+    names, _ = await paged(store, 2, None, None, 2)
+    assert names == ["n-0", "n-2", "n-4", "n-5", "p"]
+    for shard in range(2):
+        store.shards[shard].damaged |= {ShardKeys.of(shard).deadlines}
+    assert (await paged(store, 2, None, None, 2))[0] == ["p"]
 
 
 async def test_a_place_of_another_filter_starts_at_the_beginning() -> None:

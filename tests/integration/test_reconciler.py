@@ -24,7 +24,7 @@ from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
 from tests.integration.events import bid, fresh_id, started
 from tests.integration.own_engine import OwnEngine
-from tests.integration.records import SHARDS, keys_of, records_of, stream
+from tests.integration.records import SHARDS, facts_of, keys_of, records_of, stream
 from tests.integration.test_first_light import now_of, socket_url
 from tests.live import SCRIPT, LiveStack, until
 
@@ -288,6 +288,82 @@ def test_an_end_that_is_pushed_past_the_cap_by_hand_comes_back(stack: LiveStack,
     until(lambda: score_of(stack, auction) == before["ends_at"], "the deadline is what the log says")
     assert hash_of(stack, auction)["ends_at"] == str(before["ends_at"])
     assert "end_past_cap" in {entry["cause"] for entry in found(stack, auction)}
+
+
+FOREIGN: Final = b"\xff\xfe bad"
+WRITTEN_OVER: Final = {
+    "score_wrong": "a score that is no instant",
+    "entry_extra": "a member that is no text",
+    "hash_unreadable": "a timer of another type",
+    "entry_missing": "a sorted set of another type",
+}
+"""By what the reconciler calls it."""
+
+
+def write_over(stack: LiveStack, auction_id: str, kind: str) -> str:
+    """What a hand does to Redis that no commit could; the name under which it is written down."""
+    names = keys_of(auction_id)
+    if kind == "score_wrong":
+        stack.redis("ZADD", names.deadlines, "+inf", auction_id)
+    elif kind == "entry_extra":
+        stack.redis("ZADD", names.deadlines, now_of(stack) + LONG_MS, FOREIGN)
+        return "%FF%FE%20bad"
+    elif kind == "hash_unreadable":
+        stack.redis("SET", names.timer(auction_id), "x")
+    else:
+        stack.redis("SET", names.deadlines, "x")
+    return auction_id
+
+
+def other_id(auction_id: str, *, same_shard: bool) -> str:
+    """Another auction, of the same shard or of another one."""
+    while (keys_of(other := fresh_id()) == keys_of(auction_id)) is not same_shard:
+        pass
+    return other
+
+
+@pytest.mark.requirement("R10")
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize("kind", list(WRITTEN_OVER), ids=list(WRITTEN_OVER.values()))
+def test_what_a_hand_has_written_over_is_restored_and_costs_nobody_else(
+    stack: LiveStack, auction: str, kind: str
+) -> None:
+    """Also when the engine dies over it: the next one loads what it can, others close, no process exits or answers 500."""
+    ends_at, now = stack.timer(auction)["ends_at"], now_of(stack)
+    neighbour, stranger = other_id(auction, same_shard=True), other_id(auction, same_shard=False)
+    stack.post(*(started(each, now, now + 8_000, soft_close_window_ms=1_000) for each in (neighbour, stranger)))
+    for each in (neighbour, stranger):
+        stack.until_status(each, "ACTIVE")
+    (reconciler,), (gateway,) = stack.pids("reconciler"), stack.pids("gateway")
+    os.kill(reconciler, signal.SIGSTOP)
+    try:
+        named = write_over(stack, auction, kind)
+        stack.kill("engine")
+        # It has loaded the shard before it applies anything of it.
+        other = other_id(auction, same_shard=True)
+        stack.post(started(other, now, now + LONG_MS))
+        stack.until_status(other, "ACTIVE")
+        (engine,) = stack.pids("engine")
+        listed = stack.http.get("/auctions", params={"limit": 100})
+        assert listed.status_code == 200, listed.text
+        assert stranger in [each["auction_id"] for each in listed.json()["auctions"]]
+    finally:
+        os.kill(reconciler, signal.SIGCONT)
+    until(
+        lambda: kind in {each["cause"] for each in found(stack, named)} and stack.timer(auction)["status"] == "CLOSING",
+        "it is written down",
+    )
+    stack.redis("ZREM", keys_of(auction).deadlines, FOREIGN)  # which is left to a person
+    until(lambda: stack.redis("ZRANGE", keys_of(auction).deadlines, ends_at, ends_at, "BYSCORE"), "the score is back")
+    until(lambda: hash_of(stack, auction)["ends_at"] == str(ends_at), "the hash is back")
+    for each in (neighbour, stranger):
+        ended = stack.until_status(each, "ENDED")
+        assert ended["ended_at"] == ended["original_ends_at"]
+        assert facts_of(stack, each).count("auction_timer_ended") == 1
+    stack.post(bid(auction))
+    until(lambda: "bid_accepted" in facts_of(stack, auction), "bids count")
+    assert "auction_timer_ended" not in facts_of(stack, auction)
+    assert [stack.pids(role) for role in ("engine", "gateway", "reconciler")] == [[engine], [gateway], [reconciler]]
 
 
 @pytest.mark.requirement("R11")

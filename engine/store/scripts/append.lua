@@ -8,32 +8,47 @@
 --       3 command id: the same one again repeats the answer
 --       4 how long a repetition is recognised, ms
 --       5 bound of the stream's length
---       6 bound of the commands in troubleshooting, or 0: an operator's command is never refused for them
+--       6 bound of the commands in troubleshooting
 --       7 the gateway that calls, or "" if it is none
 --       8 how long no gateway may write before that is an outage, ms   9 by how much an outage extends, ms, or 0
---      10 number of drafts, 0 for a mere beat; then for each: event id, subject, number of its keys, body
+--      10 1 if an operator asks: such a command is never refused for those in troubleshooting, or 0
+--      11 number of drafts, 0 for a mere beat; then for each: event id, subject, number of its keys, body
 -- Returns {"OK", stamp, then for each draft: "accepted" or "duplicate", its arrival}
 --         {"FULL", length} or {"TROUBLED", commands in troubleshooting}, and nothing is added
+--         {"DAMAGED", key}: the intake or the cursor is of another type, and nothing is added
 --
 -- The stamp never goes back (last_at), and a server whose clock steps can falsify it by no more than the bound.
 -- Not allowed when the server is out of memory: a bid that cannot be kept must not be promised.
 local events, cursor = KEYS[1], KEYS[2]
 local est, bound = tonumber(ARGV[1]), tonumber(ARGV[2])
 local command_id, seen_ms, length_max = ARGV[3], ARGV[4], tonumber(ARGV[5])
-local troubled_max, drafts = tonumber(ARGV[6]), tonumber(ARGV[10])
+local troubled_max, by_operator, drafts = tonumber(ARGV[6]), ARGV[10] == '1', tonumber(ARGV[11])
 local attendance, attendant, outage_ms, extension_ms = KEYS[4], ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
 
-local head = redis.call('HMGET', cursor, 'last_at', 'offset')
+local head = redis.pcall('HMGET', cursor, 'last_at', 'offset')
+if head.err then
+  return {'DAMAGED', cursor}
+end
+local length, troubled = redis.pcall('XLEN', events), redis.pcall('ZCARD', KEYS[3])
+if type(length) == 'table' then
+  return {'DAMAGED', events}
+end
+troubled = type(troubled) == 'number' and troubled or 0
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000) + (tonumber(head[2]) or 0)
 now = math.max(est - bound, math.min(est + bound, now))
 now = math.max(tonumber(head[1]) or 0, now)
 local stamp = string.format('%.0f', now)
 
--- A gateway that can write here proves that producers could. If none did for too long, that is told before anything that
--- is appended now: whoever folds the intake learns of the outage before it meets an event that came after it.
-if attendant ~= '' then
-  local seen = redis.call('HGET', attendance, 'at')
+-- A gateway that can write here proves that producers could, unless they would be refused for a bound. If none did for too
+-- long, that is told before anything that is appended now: whoever folds the intake learns of the outage before it meets an
+-- event that came after it.
+if attendant ~= '' and length < length_max and troubled < troubled_max then
+  local seen = redis.pcall('HGET', attendance, 'at')
+  if type(seen) == 'table' then
+    redis.call('DEL', attendance)
+  end
+  seen = type(seen) == 'string' and #seen <= 15 and string.match(seen, '^%d+$')
   if seen and extension_ms > 0 and now - tonumber(seen) > outage_ms then
     local name = 'outage-' .. seen .. '-' .. stamp
     local id = redis.call('XADD', events, '*', 'at', stamp, 'id', name, 'body', string.format(
@@ -50,20 +65,24 @@ if attendant ~= '' then
   end
 end
 
-local length = redis.call('XLEN', events)
+local function mark_in(key)
+  local mark = redis.pcall('GET', key)
+  return type(mark) == 'string' and string.match(mark, '^%d+ %d+ %S+.*$')
+end
+
 local answer = {'OK', stamp}
-local key, arg, added = 5, 11, false
+local key, arg, added = 5, 12, false
 for n = 1, drafts do
   local event_id, subject, ids, body = ARGV[arg], ARGV[arg + 1], tonumber(ARGV[arg + 2]), ARGV[arg + 3]
   -- A mark is "<arrival> <place in the call> <command id> <subject>"; one without a subject was written by a version that
   -- had none. Where the id is that of an event about something else, ours is marked beside it.
-  local own, mark = key, redis.call('GET', KEYS[key])
+  local own, mark = key, mark_in(KEYS[key])
   local about = mark and string.match(mark, '^%d+ %d+ %S+ (.*)$')
   if about and about ~= subject then
-    own, mark = key + 1, redis.call('GET', KEYS[key + 1])
+    own, mark = key + 1, mark_in(KEYS[key + 1])
   end
   for i = key + 2, key + ids - 1 do
-    mark = mark or redis.call('GET', KEYS[i])
+    mark = mark or mark_in(KEYS[i])
   end
   if mark then
     -- Our own earlier try was an acceptance, and stays one.
@@ -75,8 +94,8 @@ for n = 1, drafts do
     if not added and length + drafts - n + 1 > length_max then
       return {'FULL', tostring(length)}
     end
-    if not added and troubled_max > 0 and redis.call('ZCARD', KEYS[3]) >= troubled_max then
-      return {'TROUBLED', tostring(redis.call('ZCARD', KEYS[3]))}
+    if not added and not by_operator and troubled >= troubled_max then
+      return {'TROUBLED', tostring(troubled)}
     end
     redis.call('XADD', events, '*', 'at', stamp, 'id', event_id, 'body', body)
     local value = stamp .. ' ' .. n .. ' ' .. command_id .. ' ' .. subject

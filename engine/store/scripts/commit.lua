@@ -29,8 +29,13 @@
 --        K key, body                      outcome of a command
 --        O key, value, forget             offer binding
 --        S offset, ms                     what is added to TIME from the next stamp on
--- Returns {"OK", stamp} | {"FENCED", epoch} | {"EARLY", ms} | {"UNDRAINED"} | {"UNATTENDED", when a gateway last wrote}
+-- Returns {"OK", stamp, then each key that was begun anew} | {"FENCED", epoch} | {"EARLY", ms} | {"UNDRAINED"}
+--         {"UNATTENDED", when a gateway last wrote}
 --         {"SUPERSEDED", what}, and if it is a hash that is not of its version, also which of the guards, and that version
+--         {"DAMAGED", key}: a key of another type without which nothing can be committed
+--
+-- Redis does not take back what a script wrote before an error. So whatever a hand may have written over a key, no write
+-- here fails: what cannot be begun anew is looked at before the first write, and the rest is deleted where it is written.
 --
 -- allow-oom: a close must commit when the server is out of memory; what it adds is bounded, what it frees is not less.
 local lease, cursor, events, deadlines, paused, closed = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -43,12 +48,28 @@ local function is_before(one, other)
   return ms < other_ms or (ms == other_ms and tonumber(seq) < tonumber(other_seq))
 end
 
-local head = redis.call('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit', 'commit_at', 'hash')
+local begun_anew = {}
+local function write(command, key, ...)
+  local answer = redis.pcall(command, key, ...)
+  if type(answer) == 'table' and answer.err then
+    if not string.find(answer.err, 'WRONGTYPE', 1, true) then
+      error(answer)
+    end
+    redis.call('DEL', key)
+    begun_anew[#begun_anew + 1] = key
+    redis.call(command, key, ...)
+  end
+end
+
+local head = redis.pcall('HMGET', cursor, 'intake', 'seq', 'last_at', 'offset', 'commit', 'commit_at', 'hash', 'corrections')
+if head.err then
+  return {'DAMAGED', cursor}
+end
 if head[5] == ARGV[2] then
   return {'OK', head[6]}
 end
 -- Epoch and holder: a failover that loses a claim gives its epoch out again, and the first to get it may not know yet.
-local held = redis.call('HMGET', lease, 'epoch', 'holder')
+local held = redis.pcall('HMGET', lease, 'epoch', 'holder')
 local epoch = held[1] or '0'
 if epoch .. ' ' .. (held[2] or '') ~= ARGV[1] then
   return {'FENCED', epoch}
@@ -59,11 +80,17 @@ end
 if (head[2] or '0') .. ' ' .. (head[7] or string.rep('0', 64)) ~= ARGV[6] then
   return {'SUPERSEDED', 'audit ' .. (head[2] or '0')}
 end
+for _, log in ipairs({audit, events}) do
+  if type(redis.pcall('XLEN', log)) == 'table' then
+    return {'DAMAGED', log}
+  end
+end
 
 local arg = 19
 for n = 1, tonumber(ARGV[18]) do
   local key = KEYS[tonumber(ARGV[arg])]
-  local version = redis.call('HGET', key, 'version') or '0'
+  local version = redis.pcall('HGET', key, 'version') or '0'
+  version = type(version) == 'string' and version or 'of another type'
   if version ~= ARGV[arg + 1] then
     return {'SUPERSEDED', key .. ' version ' .. version, n, version}
   end
@@ -94,80 +121,87 @@ end
 
 -- The outage guard (requirement B8): producers could reach us up to the end, and every outage before it has been applied.
 -- Held for a while only: after that an extension could not help anybody.
-local attended = redis.call('HMGET', attendance, 'at', 'outage', 'since')
+local attended = redis.pcall('HMGET', attendance, 'at', 'outage', 'since')
+local attended_at, outage = tonumber(attended[1]), attended[2] and string.match(attended[2], '^%d+%-%d+$')
+local outage_waits = outage and is_before(ARGV[8], outage)
 local closes_at = tonumber(ARGV[15])
 if closes_at > 0 and now < closes_at + tonumber(ARGV[17]) then
-  if attended[1] and tonumber(attended[1]) < closes_at - tonumber(ARGV[16]) then
-    return {'UNATTENDED', attended[1]}
+  if attended_at and attended_at < closes_at - tonumber(ARGV[16]) then
+    return {'UNATTENDED', string.format('%.0f', attended_at)}
   end
-  if attended[2] and closes_at > tonumber(attended[3]) and is_before(ARGV[8], attended[2]) then
+  if outage_waits and closes_at > (tonumber(attended[3]) or 0) then
     return {'UNDRAINED'}
   end
 end
 
 local stamp = string.format('%.0f', now)
 local retention, updates_max, replies_max, seen_ms = ARGV[11], ARGV[12], ARGV[13], ARGV[14]
+local corrections = tonumber(head[8]) or 0
 local count = #ARGV
 while arg <= count do
   local op, n = ARGV[arg], tonumber(ARGV[arg + 1])
   local a, z = arg + 2, arg + 1 + n
   if op == 'A' then
-    redis.call('XADD', audit, '*', unpack(ARGV, a, z))
+    -- The records come first (engine/store/redis.py), so one that is refused, say at the end of all ids, is so before any write.
+    if type(redis.pcall('XADD', audit, '*', unpack(ARGV, a, z))) == 'table' then
+      return {'DAMAGED', audit}
+    end
   elseif op == 'U' then
-    redis.call('XADD', updates, 'MAXLEN', '~', updates_max, '*',
+    write('XADD', updates, 'MAXLEN', '~', updates_max, '*',
       'type', ARGV[a], 'auction_id', ARGV[a + 1], 'version', ARGV[a + 2], 'body', ARGV[a + 3])
   elseif op == 'T' then
-    redis.call('HSET', KEYS[tonumber(ARGV[a])], unpack(ARGV, a + 1, z))
+    write('HSET', KEYS[tonumber(ARGV[a])], unpack(ARGV, a + 1, z))
   elseif op == 'L' then
-    redis.call('ZADD', deadlines, ARGV[a + 1], ARGV[a])
-    redis.call('ZREM', paused, ARGV[a])
-    redis.call('ZREM', closed, ARGV[a])
+    write('ZADD', deadlines, ARGV[a + 1], ARGV[a])
+    write('ZREM', paused, ARGV[a])
+    write('ZREM', closed, ARGV[a])
   elseif op == 'P' then
-    redis.call('ZREM', deadlines, ARGV[a])
-    redis.call('ZREM', closed, ARGV[a])
-    redis.call('ZADD', paused, ARGV[a + 1], ARGV[a])
+    write('ZREM', deadlines, ARGV[a])
+    write('ZREM', closed, ARGV[a])
+    write('ZADD', paused, ARGV[a + 1], ARGV[a])
   elseif op == 'C' then
-    redis.call('ZREM', deadlines, ARGV[a])
-    redis.call('ZREM', paused, ARGV[a])
-    redis.call('ZADD', closed, ARGV[a + 1], ARGV[a])
+    write('ZREM', deadlines, ARGV[a])
+    write('ZREM', paused, ARGV[a])
+    write('ZADD', closed, ARGV[a + 1], ARGV[a])
     redis.call('PEXPIRE', KEYS[tonumber(ARGV[a + 2])], retention)
   elseif op == 'Z' then
-    redis.call('ZREM', deadlines, ARGV[a])
-    redis.call('ZREM', paused, ARGV[a])
-    redis.call('ZREM', closed, ARGV[a])
+    write('ZREM', deadlines, ARGV[a])
+    write('ZREM', paused, ARGV[a])
+    write('ZREM', closed, ARGV[a])
   elseif op == 'R' then
     local key = KEYS[tonumber(ARGV[a])]
-    redis.call('XADD', key, 'MAXLEN', '~', replies_max, '*',
+    write('XADD', key, 'MAXLEN', '~', replies_max, '*',
       'outcome', ARGV[a + 1], 'command_id', ARGV[a + 2], 'body', ARGV[a + 3])
     redis.call('PEXPIRE', key, seen_ms)
   elseif op == 'D' then
-    redis.call('XADD', KEYS[tonumber(ARGV[a])], '*',
+    write('XADD', KEYS[tonumber(ARGV[a])], '*',
       'reply_to', ARGV[a + 1], 'outcome', ARGV[a + 2], 'command_id', ARGV[a + 3], 'body', ARGV[a + 4])
   elseif op == 'Q' then
     local id, otherwise = ARGV[a], ARGV[a + 3]
-    if otherwise ~= '' and redis.call('HEXISTS', troubleshooting, id) == 1 then
+    if otherwise ~= '' and redis.pcall('HEXISTS', troubleshooting, id) == 1 then
       id = otherwise
     end
-    redis.call('HSET', troubleshooting, id, ARGV[a + 2])
-    redis.call('ZADD', parked, ARGV[a + 1], id)
+    write('HSET', troubleshooting, id, ARGV[a + 2])
+    write('ZADD', parked, ARGV[a + 1], id)
   elseif op == 'X' then
-    redis.call('HDEL', troubleshooting, ARGV[a])
-    redis.call('ZREM', parked, ARGV[a])
+    write('HDEL', troubleshooting, ARGV[a])
+    write('ZREM', parked, ARGV[a])
   elseif op == 'E' then
     redis.call('XADD', events, '*', 'at', stamp, 'id', ARGV[a], 'body', ARGV[a + 1],
       'attempts', ARGV[a + 2], 'first_seen_at', ARGV[a + 3])
   elseif op == 'K' then
     redis.call('SET', KEYS[tonumber(ARGV[a])], ARGV[a + 1], 'PX', seen_ms)
   elseif op == 'S' then
-    redis.call('HSET', cursor, 'offset', ARGV[a])
-    redis.call('HINCRBY', cursor, 'corrections', 1)
+    corrections = corrections + 1
+    redis.call('HSET', cursor, 'offset', ARGV[a], 'corrections', string.format('%.0f', corrections))
   elseif op == 'O' then
     local key = KEYS[tonumber(ARGV[a])]
     if ARGV[a + 2] ~= '1' then
       redis.call('SET', key, ARGV[a + 1])
     else
       -- Put up again, the offer belongs to a later auction: an earlier one that closes must not take it back.
-      local held, value = redis.call('GET', key) or ARGV[a + 1], ARGV[a + 1]
+      local held, value = redis.pcall('GET', key), ARGV[a + 1]
+      held = type(held) == 'string' and held or value
       if held == value or string.sub(held, 1, #value + 1) == value .. ' ' then
         redis.call('SET', key, held, 'PX', retention)
       end
@@ -176,9 +210,9 @@ while arg <= count do
   arg = z + 1
 end
 
-if attended[2] and not is_before(ARGV[8], attended[2]) then
+if outage and not outage_waits then
   redis.call('HDEL', attendance, 'outage', 'since')
 end
 redis.call('HSET', cursor, 'intake', ARGV[8], 'seq', ARGV[9], 'hash', ARGV[10],
   'last_at', stamp, 'commit', ARGV[2], 'commit_at', stamp)
-return {'OK', stamp}
+return {'OK', stamp, unpack(begun_anew)}

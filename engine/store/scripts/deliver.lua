@@ -7,8 +7,12 @@
 -- Returns 1 if it was delivered now, 0 if it had been
 --
 -- allow-oom, as the commit that made the reply: what has been decided is told.
-if redis.call('GET', KEYS[2]) == ARGV[1] then
+if redis.pcall('GET', KEYS[2]) == ARGV[1] then
   return 0
+end
+-- What is no stream is no answer that somebody could read.
+if type(redis.pcall('XLEN', KEYS[1])) == 'table' then
+  redis.call('DEL', KEYS[1])
 end
 redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[5], '*', 'outcome', ARGV[2], 'command_id', ARGV[3], 'body', ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[6])

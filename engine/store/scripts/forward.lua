@@ -7,7 +7,7 @@
 -- Returns 1; 0 if the lease or the cursor is not where the caller thought, and nothing is written
 --
 -- allow-oom: what was delivered must not be delivered again and again while the server is out of memory.
-local seen = redis.call('HMGET', KEYS[1], 'epoch', 'cursor')
+local seen = redis.pcall('HMGET', KEYS[1], 'epoch', 'cursor')
 if seen[1] ~= ARGV[1] then
   return 0
 end
@@ -19,6 +19,10 @@ if seen[2] ~= ARGV[2] then
   return 0
 end
 if #ARGV > 5 then
+  -- Redis does not take back what was written before an error, and what is no stream holds nothing that was put aside.
+  if type(redis.pcall('XLEN', KEYS[2])) == 'table' then
+    redis.call('DEL', KEYS[2])
+  end
   redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', unpack(ARGV, 6))
 end
 redis.call('HSET', KEYS[1], 'cursor', ARGV[3])

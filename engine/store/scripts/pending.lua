@@ -6,17 +6,18 @@
 -- Returns {"OK", how the cursor stands, cursor, entries lost, entries behind the cursor, the first of them}
 --         {"FENCED", epoch}
 --
--- How it stands: "begun" at the lane's end (there was none yet), "back" (the lane ended before it), or "kept".
+-- How it stands: "begun" at the lane's end (there was none yet, or none that can be read), "back" (the lane ended before it), or "kept".
 -- `passed` counts the lane's entries up to the cursor, and Redis counts all that were ever added; so what was trimmed
 -- before it was read is known exactly.
 local forwarder, updates = KEYS[1], KEYS[2]
-local seen = redis.call('HMGET', forwarder, 'epoch', 'cursor', 'passed')
+local seen = redis.pcall('HMGET', forwarder, 'epoch', 'cursor', 'passed')
 if (seen[1] or '0') ~= ARGV[1] then
   return {'FENCED', seen[1] or '0'}
 end
 
 local lane = {['entries-added'] = 0, ['length'] = 0, ['last-generated-id'] = '0-0'}
-if redis.call('EXISTS', updates) == 1 then
+local is_kept = redis.call('TYPE', updates).ok == 'stream'
+if is_kept then
   local info = redis.call('XINFO', 'STREAM', updates)
   for i = 1, #info, 2 do
     lane[info[i]] = info[i + 1]
@@ -33,7 +34,7 @@ local function is_before(one, other)
 end
 
 local standing, cursor, passed, lost = 'kept', seen[2], tonumber(seen[3]), 0
-if not cursor then
+if not cursor or not passed or not string.match(cursor, '^%d+%-%d+$') then
   standing, cursor, passed = 'begun', last, added
 elseif is_before(last, cursor) then
   standing, cursor, passed = 'back', last, added
@@ -46,5 +47,5 @@ end
 if standing ~= 'kept' or passed ~= tonumber(seen[3]) then
   redis.call('HSET', forwarder, 'cursor', cursor, 'passed', string.format('%.0f', passed))
 end
-local entries = redis.call('XRANGE', updates, '(' .. cursor, '+', 'COUNT', ARGV[2])
+local entries = is_kept and redis.call('XRANGE', updates, '(' .. cursor, '+', 'COUNT', ARGV[2]) or {}
 return {'OK', standing, cursor, lost, added - passed, entries}

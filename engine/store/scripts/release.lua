@@ -4,7 +4,7 @@
 -- KEYS  1 auction:lease:{k}
 -- ARGV  1 holder   2 epoch
 -- Returns 1, or 0 if the lease was no longer the caller's
-local seen = redis.call('HMGET', KEYS[1], 'holder', 'epoch')
+local seen = redis.pcall('HMGET', KEYS[1], 'holder', 'epoch')
 if seen[1] ~= ARGV[1] or seen[2] ~= ARGV[2] then
   return 0
 end

@@ -3,8 +3,9 @@
 --
 -- KEYS  1 auction:timer:{k}:<id>   2 auction:updates:{k}
 -- ARGV  the fields to read
--- Returns {stream id, then one value per field}
-local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
-local row = redis.call('HMGET', KEYS[1], unpack(ARGV))
+-- Returns {stream id, then one value per field; if the key is of another type, only what Redis says of it}
+local last = redis.pcall('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
+local row = redis.pcall('HMGET', KEYS[1], unpack(ARGV))
+row = row.err and {row.err} or row
 table.insert(row, 1, last and last[1] or '0-0')
 return row
