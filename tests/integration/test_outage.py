@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.events import fresh_id, started
-from tests.integration.records import announced, records_of
+from engine.contract.keys import shard_of
+from tests.integration.events import bid, fresh_id, started
+from tests.integration.records import SHARDS, announced, records_of
 from tests.integration.test_first_light import now_of
 from tests.live import LiveStack, alive, until
 
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.requirement("B8")]
 
 EXTENSION_MS = 4_000
 EXTENDED = "auction_timer_extended_for_outage"
+INTAKE_MAX = 3_000
+"""Enough for the engine to trim what it has applied."""
 LASTS_S = 7.0
 """Longer than the 5 s that count as an outage."""
 
@@ -105,6 +108,34 @@ def test_the_store_stopped_across_a_closing_window(stack: LiveStack) -> None:
     until(lambda: _answers(stack), "the gateway answers again")
     assert_given_back(stack, hit)
     assert EXTENDED not in facts(stack, outside)
+
+
+def test_an_intake_that_is_full_across_a_closing_window(short_tmp: Path) -> None:
+    """Gateways live and beat, and every bid is refused: that is an outage to whoever bids, and the end moves for it."""
+    settings = {"OUTAGE_EXTENSION_MS": EXTENSION_MS, "INTAKE_MAX": INTAKE_MAX, "INTAKE_RETAINED": 0}
+    stack = LiveStack(short_tmp, env={f"AUCTION_TIMER_{name}": str(value) for name, value in settings.items()})
+    try:
+        hit = auction(stack, 20_000, 20_000)
+        while shard_of(other := fresh_id(), SHARDS) != shard_of(hit, SHARDS):
+            pass
+        (engine,) = stack.pids("engine")
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            for size in (500, 100, 10, 1):
+                until(lambda size=size: _bids(stack, other, size) == 503, "the intake has no room for as many")
+            lapse(stack.timer(hit)["remaining_ms"] / 1_000 + 1)
+            assert _bids(stack, hit, 1) == 503
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        details = assert_given_back(stack, hit)
+        assert details["outage_until"] > details["previous_ends_at"]
+        until(lambda: _bids(stack, other, 1) == 202, "bids are taken again")
+    finally:
+        stack.stop()
+
+
+def _bids(stack: LiveStack, auction_id: str, count: int) -> int:
+    return stack.http.post("/events", json=[bid(auction_id) for _ in range(count)]).status_code
 
 
 def _answers(stack: LiveStack) -> bool:
