@@ -2,7 +2,8 @@
 
 timeline, loop    time that passes only when nobody has anything to do; processes that can be frozen
 network           what a process reaches the store by: latency, and calls that are lost, late, doubled
-processes         engines and gateways: the real classes, started, killed, frozen
+archive           the audit archive, which no failover touches
+processes         engines, gateways and the reconciler: the real classes, started, killed, frozen
 workload          auctions of every policy, storms near their deadlines, repetitions, commands
 faults            what goes wrong when
 witness           what truly happened, whoever knows of it

@@ -9,8 +9,8 @@ may have been told of something that is lost; what it then must be told is that 
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.outage import extend_over
 from engine.store.memory import MemoryStore, ShardMemory
-from engine.store.protocol import Entry, Group, UpdateEntry
+from engine.store.protocol import AuditEntry, Entry, Group, UpdateEntry
 
 STAMP_BOUND_MS: Final = 250
 EXTENSION_MS: Final = 15 * 60 * 1_000
@@ -47,13 +47,19 @@ class Evidence:
     witness: Witness
     store: MemoryStore
     clients: list[Client]
+    archived: Mapping[int, Mapping[int, AuditEntry]]
+    """What the archive holds, by shard and number."""
     ended_at: EpochMs
     """When the simulation ended, true time."""
 
     @property
     def shards(self) -> dict[int, ShardMemory]:
-        """What the store holds in the end."""
-        return {shard: self.store.shards[shard] for shard in self.witness.shards}
+        """What the store holds in the end; the audit whole, with what was trimmed."""
+        held = self.store.shards
+        return {
+            shard: replace(held[shard], audit=history.audit(held[shard].audit))
+            for shard, history in self.witness.shards.items()
+        }
 
 
 def never_early(evidence: Evidence) -> list[str]:
@@ -475,6 +481,18 @@ def damage(evidence: Evidence) -> list[str]:
     return found
 
 
+def archived(evidence: Evidence) -> list[str]:
+    """What was taken out of the audit stream stands in the archive, to the letter (B7)."""
+    found = []
+    for shard, history in evidence.witness.shards.items():
+        held = evidence.archived.get(shard, {})
+        for record in history.trimmed:
+            kept = held.get(int(record["seq"]))
+            if kept is None or kept.fields != record:
+                found.append(f"shard {shard}: record {record['seq']} was trimmed, the archive has {kept}")
+    return found
+
+
 def nobody_fell(evidence: Evidence) -> list[str]:
     """No process ended by itself: whatever goes wrong around it, it goes on."""
     return [f"{name} ended by itself" for name in evidence.witness.ended_by_themselves]
@@ -490,6 +508,7 @@ CHECKERS: Final[dict[str, Callable[[Evidence], list[str]]]] = {
     "one holder per epoch": one_holder_per_epoch,
     "outages are given back once": outages,
     "damage is repaired": damage,
+    "what is trimmed is archived": archived,
     "nobody fell": nobody_fell,
 }
 

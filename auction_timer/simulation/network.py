@@ -483,7 +483,13 @@ class Link:
 
     async def trim_audit(self, shard: int, before: str) -> None:
         """See `AuditStore`."""
-        await self._call("trim_audit", lambda: at_once(self._store.trim_audit(shard, before)))
+
+        def effect() -> None:
+            was = self._store.shards[shard].audit
+            at_once(self._store.trim_audit(shard, before))
+            self._network.witness.trimmed(shard, was[: len(was) - len(self._store.shards[shard].audit)])
+
+        await self._call("trim_audit", effect, writes=True)
 
     async def observe(self, shard: int, auction_ids: Sequence[str]) -> Observed:
         """See `ReconcilerStore`."""

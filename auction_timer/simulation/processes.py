@@ -6,9 +6,11 @@ import contextvars
 from collections.abc import Callable
 from itertools import count
 from random import Random
+from typing import cast
 
 from prometheus_client import CollectorRegistry
 
+from auction_timer.simulation.archive import Archive
 from auction_timer.simulation.loop import PROCESS, VirtualLoop
 from auction_timer.simulation.network import Link, Network
 from auction_timer.simulation.timeline import ManualClock
@@ -18,11 +20,13 @@ from engine.clock_sync import ClockSync
 from engine.metrics import EngineMetrics
 from engine.pace import Pace
 from engine.settings import Settings
+from engine.store.archive import ArchiveUnavailableError, AuditArchive
 from engine.store.protocol import Lease, StoreUnavailableError
 from gateway.attendance import Attendance
 from gateway.feeds import EventFeed, TickFeed
 from gateway.hub import Hub
 from gateway.metrics import GatewayMetrics
+from reconciler.archiver import Archiver
 from reconciler.loop import Limits, Reconciler, Report
 from reconciler.metrics import ReconcilerMetrics
 
@@ -188,9 +192,10 @@ class GatewayProcess(Process):
 
 
 class ReconcilerProcess(Process):
-    """A reconciler.
+    """A reconciler, with its archiver.
 
     Args:
+        retained: audit records per shard that stay in the stream although they are archived.
         whole: whether all of it runs. Where days pass only its passes do: it looks for heartbeats twice a second otherwise.
     """
 
@@ -202,7 +207,9 @@ class ReconcilerProcess(Process):
         shards: int,
         pace: Pace,
         limits: Limits,
+        archive: Archive,
         *,
+        retained: int,
         hostile: bool,
         whole: bool,
     ) -> None:
@@ -210,17 +217,22 @@ class ReconcilerProcess(Process):
         self._shards = shards
         self._pace = pace
         self._limits = limits
+        # It asks for no more of an archive than this one has.
+        self._archive = cast("AuditArchive", archive)
+        self._retained = retained
         self._whole = whole
 
     async def _work(self) -> None:
         clock = AuctionClock(self.clock)
         sync = ClockSync(clock, self.link.time_us, every_s=self._pace.sample_every_s)
+        metrics = ReconcilerMetrics(CollectorRegistry())
+        archiver = Archiver(self.link, self._archive, metrics, shards=self._shards, retained=self._retained)
         reconciler = _WitnessedReconciler(
             self.link,
             _ReconcilerLease(self.link),
-            None,
+            self._archive,
             clock,
-            ReconcilerMetrics(CollectorRegistry()),
+            metrics,
             holder=self.name,
             shards=self._shards,
             limits=self._limits,
@@ -229,12 +241,18 @@ class ReconcilerProcess(Process):
         await sync.start()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(sync.run())
-            tasks.create_task(reconciler.run() if self._whole else self._passes(reconciler))
+            if self._whole:
+                tasks.create_task(archiver.run())
+                tasks.create_task(reconciler.run())
+            else:
+                tasks.create_task(self._passes(archiver, reconciler))
 
-    async def _passes(self, reconciler: Reconciler) -> None:
+    async def _passes(self, archiver: Archiver, reconciler: Reconciler) -> None:
         while True:
             await asyncio.sleep(self._limits.interval_ms / 1_000)
-            with contextlib.suppress(StoreUnavailableError):
+            with contextlib.suppress(StoreUnavailableError, ArchiveUnavailableError):
+                await archiver.archive_once()
+            with contextlib.suppress(StoreUnavailableError, ArchiveUnavailableError):
                 await reconciler.make_pass()
 
 

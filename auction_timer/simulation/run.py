@@ -12,6 +12,7 @@ from typing import Final
 import structlog
 
 from auction_timer.simulation import loop
+from auction_timer.simulation.archive import Archive
 from auction_timer.simulation.checkers import CHECKERS, Evidence
 from auction_timer.simulation.clients import Client
 from auction_timer.simulation.faults import NO_TROUBLE, SMALL_TROUBLE, WEEK_TROUBLE, Faults, Trouble, Weather
@@ -56,6 +57,8 @@ class Plan:
     """Whether gateways prove once a second that producers can write, without which there are no outages."""
     limits: StoreLimits = field(default_factory=lambda: StoreLimits(outage_extension_ms=3_000))
     reconcile_ms: int = 1_000
+    audit_retained: int = 5
+    """Audit records per shard that stay in the stream although they are archived."""
     ticks: bool = True
     """Whether gateways listen to the tick lane. Engines tick in any case."""
     hostile: bool = True
@@ -101,6 +104,7 @@ def some_days(seed: int, *, auctions: int, days: float, faults: bool = True) -> 
         beats=False,
         limits=StoreLimits(),
         reconcile_ms=10 * MINUTE_MS,
+        audit_retained=200,
         ticks=False,
         hostile=False,
     )
@@ -164,6 +168,7 @@ class _Simulation:
         self._weather = Weather(self._random("network"), plan.trouble.calls, answers_take_time=plan.hostile)
         network = Network(line, self._store, self._witness, self._weather, plan.limits, plan.idle_ms)
         self._store.limits = plan.limits
+        self._archive = Archive(self._weather)
         # Not from the environment: a seed must repeat everywhere.
         settings = Settings.model_construct(
             shards=plan.shards,
@@ -199,6 +204,8 @@ class _Simulation:
             plan.shards,
             plan.pace,
             Limits(plan.reconcile_ms, repairs_max=100, lease_ms=plan.lease_ms, heartbeat_ms=plan.heartbeat_ms),
+            self._archive,
+            retained=plan.audit_retained,
             hostile=plan.hostile,
             whole=plan.ticks,
         )
@@ -266,7 +273,7 @@ class _Simulation:
             )
 
     def _outcome(self) -> Outcome:
-        evidence = Evidence(self._witness, self._store, self._clients, self._line.now_ms)
+        evidence = Evidence(self._witness, self._store, self._clients, self._archive.held, self._line.now_ms)
         counts = dict(self._witness.counts)
         records = [record["event_type"] for memory in evidence.shards.values() for record in memory.audit]
         counts["closes"] = records.count("auction_timer_ended")
@@ -274,6 +281,13 @@ class _Simulation:
         counts["extensions"] = records.count("auction_timer_extended")
         counts["closes lost by failovers"] = sum(
             len(commit.closes) for history in self._witness.shards.values() for commit in history.lost
+        )
+        counts["archived records of lost histories"] = sum(
+            seq in held and held[seq].fields != record
+            for shard, memory in evidence.shards.items()
+            for held in [self._archive.held[shard]]
+            for record in memory.audit
+            for seq in [int(record["seq"])]
         )
         counts["late bids"] = records.count("late_bid_ignored")
         counts["client connections"] = sum(client.connections for client in self._clients)

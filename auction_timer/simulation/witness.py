@@ -74,6 +74,14 @@ class ShardHistory:
     """The event lane as it stood before each failover."""
     attended: list[tuple[EpochMs, EpochMs]] = field(default_factory=list)
     """When gateways wrote to the shard: sent, by their clocks, and arrived. The stamp lies between the two."""
+    trimmed: list[dict[str, str]] = field(default_factory=list)
+    """The audit records that were taken out of the stream, in the order in which they were."""
+
+    def audit(self, streamed: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The whole log that ends with what is in the stream. What a failover brought back is there, and no more trimmed."""
+        first = int(streamed[0]["seq"]) if streamed else 1
+        before = {int(record["seq"]): record for record in self.trimmed}
+        return [before[seq] for seq in sorted(before) if seq < first] + streamed
 
 
 class Witness:
@@ -152,6 +160,12 @@ class Witness:
         for damage in self.damages:
             if damage.open and damage.shard == batch.shard:
                 damage.open = damage.stands(memory)
+
+    def trimmed(self, shard: int, records: list[dict[str, str]]) -> None:
+        """The archiver takes records out of the stream."""
+        self.shards[shard].trimmed += records
+        self.counts["audit records trimmed"] += len(records)
+        self.note(f"trim {shard} {len(records)}")
 
     def damaged(self, damage: Damage) -> None:
         """Somebody has changed something by hand."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from auction_timer.simulation.archive import Archive
 from auction_timer.simulation.checkers import CHECKERS
 from auction_timer.simulation.damage import pull_end
 from auction_timer.simulation.faults import Faults
@@ -25,6 +26,7 @@ from engine.domain.fold import fold
 from engine.domain.instants import EpochMs
 from engine.domain.policy import Extension
 from engine.scheduler import Scheduler
+from engine.store.audit_reader import AuditReader
 from engine.store.memory import MemoryStore, ShardMemory
 from engine.store.protocol import Announce, Lease, Operation, Record, UpdateEntry
 from gateway.hub import Hub
@@ -81,6 +83,7 @@ def test_the_seeds_saw_everything() -> None:
         "network, append: twice", "network, reads: slow", "unattended",
         "damage, entry deleted", "damage, entry moved", "damage, field changed", "damage, end past its cap",
         "damage, end moved forward",
+        "network, archive append: request lost", "network, archive append: answer lost",
     }  # fmt: skip
     assert totals["commits answered Fenced"] > 0
     assert totals["closes lost by failovers"] > 0
@@ -88,6 +91,8 @@ def test_the_seeds_saw_everything() -> None:
     assert totals["late bids"] > SEEDS
     assert totals["extensions for outages"] > 0
     assert totals["repairs"] > SEEDS / 10
+    assert totals["audit records trimmed"] > SEEDS
+    assert totals["archived records of lost histories"] > 0
 
 
 @pytest.mark.requirement("B10")
@@ -237,6 +242,15 @@ def plans_no_repair(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("reconciler.loop.plan", lambda *_args: Plan())
 
 
+def trims_what_was_not_archived(patch: pytest.MonkeyPatch) -> None:
+    """The archive says that it has written, and has not."""
+
+    async def forgets(_self: Archive, _shard: int, _entries: Any) -> list[Any]:
+        return []
+
+    patch.setattr(Archive, "append", forgets)
+
+
 PLANTED: Mapping[str, Plant] = {
     "no early close": closes_two_seconds_early,
     "exactly one close": announces_a_close_twice,
@@ -247,6 +261,7 @@ PLANTED: Mapping[str, Plant] = {
     "one holder per epoch": claims_without_a_new_epoch,
     "outages are given back once": gives_nothing_back,
     "damage is repaired": plans_no_repair,
+    "what is trimmed is archived": trims_what_was_not_archived,
     "nobody fell": falls_over_a_tick,
 }
 
@@ -262,6 +277,17 @@ def test_an_engine_that_believed_a_damaged_hash_would_be_found(monkeypatch: pyte
         if any("its records say" in found for found in simulate(small(seed)).violations["no early close"]):
             return
     pytest.fail(f"no early close was found in {PLANTED_SEEDS} seeds")
+
+
+@pytest.mark.requirement("R12")
+def test_a_reconciler_that_believed_a_lost_history_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The archive keeps what a failover took back: repaired to that, an auction is not what its intake says."""
+    monkeypatch.setattr(AuditReader, "surviving", AuditReader.walk)
+    monkeypatch.setattr("reconciler.observations.misfit", lambda *_args: None)
+    for seed in range(PLANTED_SEEDS):
+        if simulate(small(seed)).violations["audit is the fold of the intake"]:
+            return
+    pytest.fail(f"no repair to what is lost was found in {PLANTED_SEEDS} seeds")
 
 
 @pytest.mark.requirement("B10")
