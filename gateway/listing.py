@@ -124,10 +124,9 @@ async def _row(
     merged, by_shard = await next_places(store, shards, group, after, count)
     timers: dict[str, TimerRecord] = {}
     answers = await asyncio.gather(*(store.timers(shard, ids) for shard, ids in by_shard.items()))
-    for ids, found in zip(by_shard.values(), answers, strict=True):
+    for found in answers:
         records = [each.record if isinstance(each, UnsealedTimerError) else each for each in found]
-        shown = zip(ids, records, strict=True)
-        timers |= {auction_id: record for auction_id, record in shown if isinstance(record, TimerRecord)}
+        timers |= {record.auction.auction_id: record for record in records if isinstance(record, TimerRecord)}
     return [(timers.get(placed.auction_id), placed) for placed, _ in merged]
 
 
