@@ -19,7 +19,14 @@ from engine.clock import AuctionClock, MonotonicNs
 from engine.contract.timers import mark
 from engine.lease import LeaseKeeper
 from engine.store.archive import ArchiveUnavailableError, AuditArchive
-from engine.store.protocol import IntakeFullError, Lease, LeaseStore, ReconcilerStore, StoreUnavailableError
+from engine.store.protocol import (
+    IntakeFullError,
+    KeyDamagedError,
+    Lease,
+    LeaseStore,
+    ReconcilerStore,
+    StoreUnavailableError,
+)
 from reconciler.drift import Drift, DriftKind, Severity, Views, compare, judge
 from reconciler.metrics import ReconcilerMetrics
 from reconciler.observations import Beat, LogMovedBackError, ShardEye, Trust, Wire
@@ -213,7 +220,13 @@ class Reconciler:
         began = self._clock.clock.monotonic_ns()
         repairs_left = self._limits.repairs_max
         for eye in self._eyes:
-            drifts, views = await self._look(eye, report)
+            try:
+                drifts, views = await self._look(eye, report)
+            except KeyDamagedError as error:
+                drifts, views = (
+                    [_contradicted(eye.shard, str(error))],
+                    {},
+                )  # the other shards are looked at all the same
             planned = plan(drifts, views, repairs_left if repairing else 0)
             repairs_left -= len(planned.repairs)
             await self._act(planned, report, repairing=repairing)

@@ -13,7 +13,7 @@ from engine.contract.audit import chained
 from engine.contract.timers import checksum, heartbeat_line, tick_line
 from engine.domain.instants import HOUR_MS, EpochMs
 from engine.store.archive import AuditArchive
-from engine.store.protocol import Group, Lease
+from engine.store.protocol import Group, KeyDamagedError, Lease
 from reconciler.loop import Limits, Reconciler, Report
 from reconciler.metrics import ReconcilerMetrics
 from reconciler.observations import LogMovedBackError
@@ -378,6 +378,19 @@ async def test_an_engine_that_is_silent_on_the_wire_is_reported(rig: Rig) -> Non
     assert ("engine_silent", "", "reported") in kinds(await rig.look())
     rig.hear_engine()
     assert kinds(await rig.look()) == []
+
+
+@pytest.mark.requirement("R10")
+async def test_a_shard_whose_log_was_written_over_hides_no_other(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an alarm of that shard, and the pass goes on."""
+
+    async def damaged(*_args: object) -> None:
+        raise KeyDamagedError("auction:audit:{0} is of another type")
+
+    monkeypatch.setattr(rig.world.store, "audit_entries", damaged)
+    report = await rig.look()
+    assert kinds(report) == [("log_contradicted", "", "reported")]
+    assert report.findings[0].drift.evidence == {"reason": "auction:audit:{0} is of another type"}
 
 
 @pytest.mark.requirement("R10")
