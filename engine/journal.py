@@ -189,7 +189,14 @@ class Journal:
     def _fold(self, auction_id: str, event: InputEvent, context: Context, entry: Entry) -> None:
         assert entry.at is not None
         if isinstance(event, Register):
-            self._cancel_first(event, auction_id, context, entry)
+            try:
+                self._cancel_first(event, auction_id, context, entry)
+            except (ValueError, TypeError, KeyError):
+                fault = (
+                    "a cancellation is kept for its offer, and cannot be read: whether it is cancelled is for a person"
+                )
+                self._park_poison(entry, SchemaError(fault))
+                return
         for decision in fold(self._record(auction_id).auction, event, entry.at):
             by_time = decision.fact in _BY_TIME
             self._write(decision, None if by_time else context, entry.stream_id)

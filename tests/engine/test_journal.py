@@ -293,6 +293,16 @@ def test_a_remembered_cancellation_is_recorded_in_the_name_of_who_cancelled() ->
     assert registered["event_id"] != cancelled["event_id"]
 
 
+@pytest.mark.requirement("R19", "R29")
+@pytest.mark.parametrize("kept", ["{", "[]", '{"reason":"withdrawn"}'])
+def test_a_start_whose_remembered_cancellation_was_damaged_waits_for_a_person(kept: str) -> None:
+    """It neither stops the shard nor registers an auction that may be cancelled."""
+    drafted = Drafted(offers={"o-1": f"cancelled {kept}"}).apply(start("lot-7", T0, END, offer_id="o-1"), T0 + 5)
+    (parked,) = drafted.operations()
+    assert isinstance(parked, Park)
+    assert orjson.loads(parked.body)["error_code"] == "SCHEMA_INVALID"
+
+
 @pytest.mark.requirement("R19")
 def test_a_remembered_cancellation_does_not_touch_a_known_auction() -> None:
     """A second start that names a cancelled offer, for an auction that is running: no effect but the conflict."""
