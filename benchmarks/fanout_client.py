@@ -11,6 +11,8 @@ A JSON object a line comes in on stdin, and each is answered by one on stdout wh
     report   {}                                                    delivery per lane, gaps, doubles, closes
     storm    {drop}                                                cut every socket, or wait until the server does; come back
                                                                    with `since`; answered when everyone is connected again
+    cut      {}                                                    cut every socket, and stay away
+    return   {}                                                    come back from that; answered as `storm` is
 
 Bytes are stamped when they have been read, and looked at when nobody else has any: a crowd that is written at once is read
 as fast as it comes, and what delays this process all the same counts as a delay of the server. The sockets have the
@@ -195,19 +197,36 @@ class Client:
 
     def do_storm(self, drop: bool) -> None:
         """Lose every socket, and come back."""
-        self._asked, self._since, self._comes_back = "storm", time.monotonic(), True
+        self._await_everyone("storm")
+        if drop:
+            self._cut()
+            for watcher in self._sockets:
+                self._connect(watcher)
+
+    def do_cut(self) -> None:
+        """Lose every socket."""
+        self._cut()
+        self._answer()
+
+    def do_return(self) -> None:
+        """Come back, everybody at once."""
+        self._await_everyone("return")
+        for watcher in self._sockets:
+            self._connect(watcher)
+
+    def _await_everyone(self, asked: str) -> None:
+        self._asked, self._since, self._comes_back = asked, time.monotonic(), True
         self._awaiting = len(self._sockets)
         for watcher in self._sockets:
             watcher.back_at = 0.0
-        if drop:
-            lost = [watcher.sock for watcher in self._sockets if watcher.sock is not None]
-            for watcher in self._sockets:
-                self._forget(watcher)
-            for sock in lost:  # a reset, as a network that is gone
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                sock.close()
-            for watcher in self._sockets:
-                self._connect(watcher)
+
+    def _cut(self) -> None:
+        lost = [watcher.sock for watcher in self._sockets if watcher.sock is not None]
+        for watcher in self._sockets:
+            self._forget(watcher)
+        for sock in lost:  # a reset, as a network that is gone
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.close()
 
     # Connecting.
 

@@ -120,8 +120,8 @@ class Turns:
         self._renewing = False
 
     def take(self, cost: int) -> bool:
-        """Whether it may be done in this pass: as long as something is left, whatever it costs, and nobody waits."""
-        if self._waiting or self._left <= 0:
+        """Whether it may be done in this pass: as long as something is left, whatever it costs."""
+        if self._left <= 0:  # as it is as long as somebody waits
             return False
         self._spend(cost)
         return True

@@ -224,6 +224,22 @@ def test_a_store_that_is_away_promises_nothing() -> None:
     run(house.line, scenario)
 
 
+@pytest.mark.requirement("R16")
+def test_a_search_that_fails_leaves_the_other_shards_to_the_next() -> None:
+    """Whoever waits for something of another shard is answered all the same."""
+    house = House(shards=2)
+    for shard in (0, 1):
+        house.hub.start_at(shard, "9-0")
+
+    async def scenario() -> None:
+        house.store.failing["recent_updates"] = StoreUnavailableError("away")
+        asking = [house.hub._recall.events(shard, AUCTION, (5, 0)) for shard in (0, 1)]
+        assert await asyncio.gather(*asking) == [None, None]
+        assert house.store.calls["recent_updates"] == 2
+
+    run(house.line, scenario)
+
+
 @pytest.mark.requirement("R16", "B4")
 def test_a_failover_ends_a_search() -> None:
     """What was read may be of a history that is lost; and what the ring has known since then is not looked up."""
@@ -237,6 +253,32 @@ def test_a_failover_ends_a_search() -> None:
         cost = house.store.calls["recent_updates"]
         assert await asked(house, AUCTION, 39) is None
         assert house.store.calls["recent_updates"] == cost + 1
+
+    run(house.line, scenario)
+
+
+@pytest.mark.requirement("R16", "B4")
+def test_events_of_two_histories_are_not_put_together() -> None:
+    """The ring moved on during a search; what came meanwhile is looked up, and if it is of another history, nothing holds."""
+    house = lived(40)
+    inner, searches = house.memory.recent_updates, 0
+
+    async def failing_over(shard: int, count: int, upto: str | None = None) -> list[UpdateEntry]:
+        nonlocal searches
+        searches += count == 1  # each begins with a look at the oldest place
+        if (searches, count) == (2, 1):
+            house.hub.start_at(0, house.hub.positions[0])
+        return await inner(shard, count, upto)
+
+    async def scenario() -> None:
+        house.memory.recent_updates = failing_over  # type: ignore[method-assign]
+        waiting = asyncio.ensure_future(asked(house, AUCTION, 5))
+        await asyncio.sleep(recall_module.REST_S * 1.5)
+        for number in range(41, 61):
+            write(house, number)
+        await house.read_lane()
+        assert await waiting is None
+        assert searches == 2
 
     run(house.line, scenario)
 
