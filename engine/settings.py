@@ -204,7 +204,12 @@ class Settings(BaseSettings):
     intake_retained: int = Field(
         100_000, ge=0, description="Applied intake entries kept per shard, for people who look into a fault."
     )
-    updates_max: int = Field(100_000, ge=1_000, description="Events per shard that a client can catch up on.")
+    updates_max: int = Field(
+        100_000,
+        ge=1_000,
+        description="Entries per shard that the event lane keeps. So far back a client can catch up, but not beyond 100,000 "
+        "of them, nor on more than 1 MiB.",
+    )
     seen_ms: int = Field(48 * HOUR_MS, ge=60_000, description="How long a repeated event is recognised as one, in ms.")
     closed_retention_ms: int = Field(
         30 * 24 * HOUR_MS, ge=60_000, description="How long a closed auction can still be read, in ms."

@@ -176,8 +176,9 @@ DISCONNECTS: Final = Metric(
 RESUMES: Final = Metric(
     "auctions_gateway_resumes_total",
     Kind.COUNTER,
-    "Sockets that came back with `since`, by whether the missed events could be replayed.",
-    "Many `false`: clients stay away longer than the event lane is kept.",
+    "Sockets and event streams that came back with a cursor, by whether the missed events could be replayed.",
+    "Many `false`: clients stay away longer than the event lane is kept (AUCTION_TIMER_UPDATES_MAX) or miss more than 1 MiB; "
+    "or they came back while Redis was away, or after a failover.",
     labels=("recovered",),
 )
 RESYNCS: Final = Metric(
