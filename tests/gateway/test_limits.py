@@ -137,6 +137,7 @@ async def test_text_that_is_no_utf_8_is_1007(cut: int) -> None:
         (frames(Opcode.TEXT, 1, b"\xff"), "1007"),
         (frames(Opcode.TEXT, 1, b" " * (CLIENT_FRAME_BYTES_MAX + 1)), "1009"),
     ],
+    ids=["no frame", "no text", "too long"],  # the mask of a frame is random, and workers must agree on names
 )
 async def test_a_socket_that_is_closed_for_a_fault_is_counted_once(data: bytes, code: str) -> None:
     """By the code it was told first: what a peer breaks behind our farewell is not counted again."""
