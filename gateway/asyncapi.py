@@ -35,7 +35,7 @@ _TIMER: Final = ref("Timer")
 
 _HEAD: Final[dict[str, Any]] = {
     "auction_id": _TEXT,
-    "server_time": INSTANT | {"description": "when this was made, by the auction clock; what is replayed, some time ago"},
+    "server_time": INSTANT | {"description": "when this was made, by the auction clock"},
     "trace_id": _TEXT,
 }
 _COMMITTED: Final[dict[str, Any]] = {

@@ -16,7 +16,7 @@ from gateway.hub import Hub
 READ_MAX: Final = 500
 BLOCK_MS: Final = 1_000
 RECENT_MAX: Final = 4_000
-"""Events per shard that are read back at the start. More lets clients stay away for longer, fewer starts faster."""
+"""Entries per shard that are read back at the start. With fewer it starts faster, and looks up more for who comes back."""
 SILENCE_MAX_MS: Final = 3_000
 """A feed that has not heard from Redis for this long is lost: what it feeds is marked stale."""
 BACKOFF_S: Final = 0.2
