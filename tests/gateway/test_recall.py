@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 
 from engine.contract.cursors import START
-from engine.contract.timers import tick_line
+from engine.contract.timers import tick_line, timer
+from engine.store.link import RedisLink
 from engine.store.protocol import StoreUnavailableError, UpdateEntry
+from engine.store.redis import RedisStore
+from gateway import feeds as feeds_module
 from gateway import recall as recall_module
 from gateway import replay as replay_module
+from gateway.feeds import EventFeed
+from gateway.hub import Hub
 from gateway.recall import Recalled
 from gateway.ring import Ring
+from gateway.room import Room
 from tests.fakes.loop import run
 from tests.gateway.house import AUCTION, House, Listener, record, told
 from tests.gateway.peers import PATH, Peer
+from tests.servers import Server
 
 OTHERS = ("a-2", "a-3")
 
@@ -421,3 +428,36 @@ def test_whenever_somebody_comes_back_it_gets_every_event_once() -> None:
             assert [frame["timer"]["version"] for frame in told(listener.sent)] == due(AUCTION, behind, last)
 
     run(house.line, scenario)
+
+
+@pytest.mark.integration
+@pytest.mark.requirement("B4")
+async def test_who_watched_the_gateway_before_misses_nothing_of_a_real_lane(
+    valkey_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that has just started reads back a little; who missed more than that gets it from the server."""
+    monkeypatch.setattr(feeds_module, "RECENT_MAX", 20)
+    house = House()
+    lane = "auction:updates:{0}"
+    ids = []
+    for number in range(1, 201):
+        entry = house.announce("timer.extended", record((AUCTION, "a-2")[number % 2], version=number))
+        written = {"type": entry.type, "auction_id": entry.auction_id, "body": entry.body.decode()}
+        ids.append(valkey_server.ask("XADD", lane, "*", *(part for pair in written.items() for part in pair)))
+    link = RedisLink(valkey_server.url, house.machine)
+    try:
+        store = RedisStore(link, house.machine)
+        hub = Hub(store, house.clock, 1, house.metrics)
+        await EventFeed(store, hub, house.machine, 1).start()
+        hub._rooms[AUCTION.encode()] = Room(AUCTION, 0)
+        hub._rooms[AUCTION.encode()].show(timer(record(version=200), house.clock.now_ms(), None))
+        for seen in (1, 100, 170, 190):
+            since = f"0.{ids[seen - 1]}"
+            assert (hub.entrance_now(AUCTION, since) is None) is (seen < 180)
+            entrance = await hub.entrance(AUCTION, since)
+            assert entrance is not None
+            snapshot, *missed = told(hub.greeting(entrance.room, since, entrance.recalled))
+            assert snapshot["recovered"] is True
+            assert [frame["timer"]["version"] for frame in missed] == [n for n in range(seen + 1, 201) if n % 2 == 0]
+    finally:
+        await link.close()
