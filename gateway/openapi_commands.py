@@ -5,6 +5,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from engine.contract.keys import SHARDS_MAX
 from gateway.command_routes import CancelBody, PauseBody
 from gateway.offer_routes import CancelOfferBody
 from gateway.openapi_parts import AUCTION_ID, DURATION, INSTANT, answer, body, path, problems, query, ref
@@ -84,7 +85,7 @@ _COMMAND: Final[dict[str, Any]] = {
         "status": {"enum": ["IN_TROUBLESHOOTING_QUEUE", "RETRIED", "CANCELED"]},
         "error_code": _NULLABLE_TEXT,
         "error": _NULLABLE_TEXT,
-        "attempts": {"type": "integer", "minimum": 0},
+        "attempts": {"type": "integer", "minimum": 0, "maximum": SHARDS_MAX - 1},
         "first_seen_at": INSTANT,
         "payload": {},
         "reply_to": _NULLABLE_TEXT,
@@ -238,7 +239,9 @@ def _operation(operation: str, summary: str, schema: str, *, required: bool) -> 
             "parameters": [
                 path("command_id"),
                 query(
-                    "shard", "which of several commands of this id, as the list says", {"type": "integer", "minimum": 0}
+                    "shard",
+                    "which of several commands of this id, as the list says",
+                    {"type": "integer", "minimum": 0, "maximum": SHARDS_MAX - 1},
                 ),
             ],
             "requestBody": body(ref(schema), required=required),

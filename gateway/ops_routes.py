@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.contract.intake import Actor, CommandType, Discard, Retry
+from engine.contract.keys import SHARDS_MAX
 from engine.store.protocol import Group, Placed, StoreError, ViewStore
 from gateway.auth import Principal, Role, Scope, require
 from gateway.bodies import read_body
@@ -138,8 +139,9 @@ class OpsRoutes:
         return await self._operate(request, order, _operator(principal, body.operator))
 
     async def _operate(self, request: Request, order: Retry | Discard, actor: Actor) -> Response:
-        wanted = integer_of("shard", request.query_params.get("shard"), 0, self.shards - 1)
-        shard = await self._shard_of(order.command_id, range(self.shards) if wanted is None else [wanted])
+        wanted = integer_of("shard", request.query_params.get("shard"), 0, SHARDS_MAX - 1)
+        among = [shard for shard in range(self.shards) if wanted in (None, shard)]  # none has it that there is not
+        shard = await self._shard_of(order.command_id, among)
         asked, answer = await self._ask(request, shard, order, actor)
         if answer is None:
             return pending(asked)

@@ -103,7 +103,7 @@ async def test_what_is_no_http_request_passes_untouched() -> None:
 async def test_the_second_signal_is_haste_and_the_first_one_twice_is_not() -> None:
     """A signal begins the drain; what follows within half a second is the same one, and the next ends the wait."""
     async with front() as made:
-        server = _Server(uvicorn.Config(made.gateway.app), made.gateway, 60)
+        server = _Server(uvicorn.Config(made.gateway.app), made.gateway, 60, lambda: False)
         server.started = True
         loop = asyncio.get_running_loop()
         try:

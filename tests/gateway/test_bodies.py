@@ -73,7 +73,11 @@ async def test_what_is_not_json_is_named_so(body: bytes) -> None:
         (b'{"reason": 7}', "reason", "must be a string"),
         (b'{"reason": ""}', "reason", "must not be empty"),
         (b'{"reason": null}', "reason", "must be a string"),
-        (b'{"reason": "\\u0000"}', "reason", "must not contain control characters other than newline and tab"),
+        (
+            b'{"reason": "\\u0000"}',
+            "reason",
+            "must not be blank, nor contain control characters other than newline and tab",
+        ),
         (b'{"reason": "a", "actor": {"type": "maker"}}', "actor.id", "is required"),
         (b'{"reason": "a", "actor": "maker"}', "actor", "must be an object"),
         (orjson.dumps({"reason": "x" * 501}), "reason", "must have at most 500 characters"),

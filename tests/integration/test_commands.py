@@ -16,6 +16,7 @@ import pytest
 import redis
 from websockets.sync.client import ClientConnection, connect
 
+from engine.contract.audit import as_json
 from engine.contract.keys import shard_of
 from tests.integration.events import bid, event, fresh_id, started
 from tests.integration.records import (
@@ -359,7 +360,8 @@ def test_a_schedule_change_is_answered_to_whoever_asked_and_can_be_looked_up(liv
     assert [answer.get("error_code") for answer in answers] == [None, "SCHEDULE_IN_PAST", "SCHEDULE_BEYOND_CAP"]
     assert answers[0]["timer"]["ends_at"] == wanted
     for sent, answer in zip((changed, past, beyond), answers, strict=True):
-        assert live_stack.http.get(f"/commands/{sent['id']}").json() == answer
+        shown = answer | ({"audit": as_json(answer["audit"])} if "audit" in answer else {})
+        assert live_stack.http.get(f"/commands/{sent['id']}").json() == shown
     assert live_stack.timer(auction_id)["ends_at"] == wanted
     unasked = event("auctions.schedule.changed", auction_id=auction_id, ends_at=1, reason="nobody waits")
     live_stack.post(unasked)
