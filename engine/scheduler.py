@@ -107,7 +107,8 @@ class Scheduler:
 
     async def _send_ticks(self, now: EpochMs) -> bool:
         """Send what ticks now, one message per shard; whether more is due already."""
-        due = self._ticks.pop_due(now, PASS_MAX) if now >= self._round_at else []
+        is_round = not 0 < self._round_at - now <= self._pace.tick_round_ms
+        due = self._ticks.pop_due(now, PASS_MAX) if is_round else []
         if due and self._pace.tick_round_ms:
             self._round_at = EpochMs(now + self._pace.tick_round_ms)
         lines: dict[int, list[bytes]] = {}
@@ -124,7 +125,8 @@ class Scheduler:
             lines.setdefault(number, []).append(tick_line(record, now))
             sent_for.append(tick_at)
             self._ticks.set(auction_id, following)
-        if now >= self._heartbeat_at:
+        # A clock that was found to be ahead is set back: what was to come by it is not waited for.
+        if not 0 < self._heartbeat_at - now <= self._pace.heartbeat_ms:
             self._heartbeat_at = EpochMs(now + self._pace.heartbeat_ms)
             for number, shard in self._shards.items():
                 lines.setdefault(number, []).append(heartbeat_line(self._instance, shard.epoch, now, shard.holding()))

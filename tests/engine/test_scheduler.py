@@ -441,6 +441,20 @@ def test_every_shard_has_a_heartbeat_each_second() -> None:
         assert all(1_000 <= gap <= 1_010 for gap in gaps)
 
 
+def test_a_clock_that_is_set_back_does_not_silence_the_heartbeat() -> None:
+    """An engine whose clock was an hour ahead is heard each second, and not an hour later."""
+    rig = Rig()
+
+    async def set_back() -> None:
+        await passes(3)
+        rig.authority.step(-3_600_000)
+        now = rig.machine.monotonic_ns()
+        rig.clock.adopt(now, now, rig.authority())
+
+    rig.play(7.5, during=set_back)
+    assert len(rig.published) >= 10
+
+
 def test_an_engine_without_shards_says_nothing() -> None:
     """Nobody hears a heartbeat for a shard that nobody holds."""
     rig = Rig()
