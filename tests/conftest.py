@@ -3,10 +3,24 @@
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from tests.live import live_stack, short_tmp  # noqa: F401 - fixtures
 from tests.postgresql import postgresql_server  # noqa: F401 - fixture
 from tests.servers import DEBIAN, VALKEY, Kind, Server
+
+
+@pytest.fixture(autouse=True)
+def _logs_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A program that a test runs in this process sets up its logs: on the test's own stderr, which is closed after it."""
+    configure = structlog.configure
+    monkeypatch.setattr(
+        structlog, "configure", lambda **options: configure(**options | {"cache_logger_on_first_use": False})
+    )
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
+        structlog.contextvars.clear_contextvars()
 
 
 def _session(kind: Kind) -> Iterator[Server]:
