@@ -12,6 +12,7 @@ from typing import Final
 
 from engine.contract.intake import AUCTION_ID, Actor, CommandType, Context, Correct, IntakeEvent, encode
 from engine.contract.timers import TimerRecord, to_fields
+from engine.domain.correction import VERSION_MAX
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.store.protocol import Draft
 from reconciler.drift import Drift, DriftKind, Views
@@ -77,6 +78,14 @@ def plan(drifts: Sequence[Drift], views: Mapping[str, Views], repairs_max: int) 
     )
 
 
+def _highest_shown(views: Views) -> int:
+    """The highest version that anybody was shown: by the hash, or by a tick, which may have told what a failover lost."""
+    record, tick = views.standing.record, views.tick
+    versions = [record.auction.version] if isinstance(record, TimerRecord) else []
+    versions += [tick.version] if tick is not None else []
+    return max((version for version in versions if 0 <= version < VERSION_MAX), default=0)
+
+
 def _is_reported(drift: Drift) -> bool:
     # What can be no auction's id can be in no event either.
     return drift.is_over or drift.kind in REPORTED_ONLY or AUCTION_ID.fullmatch(drift.auction_id) is None
@@ -89,7 +98,7 @@ def _repair(drifts: Sequence[Drift], views: Views) -> Repair:
     order = Correct(
         cause=first.kind.value,
         fields=to_fields(views.told.lawful) if views.told is not None else {},
-        found_version=max(0, found.version) if found is not None else 0,
+        found_version=_highest_shown(views),
         found_ends_at=EpochMs(found.ends_at) if found is not None and 0 < found.ends_at <= EPOCH_MS_MAX else None,
         unknown=views.told is None and views.log_whole,
     )

@@ -1,6 +1,7 @@
 """Tests for reconciler.repairs: which input events are asked for, and how many."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from engine.contract.intake import CommandType, Correct, decode
 from engine.contract.timers import TimerRecord, to_fields
 from engine.domain.lifecycle import Status
 from engine.store.protocol import Group, Standing
-from reconciler.drift import Drift, DriftKind, Severity, Views
+from reconciler.drift import Drift, DriftKind, Severity, Tick, Views
 from reconciler.ledger import Told
 from reconciler.repairs import REPORTED_ONLY, Repair, plan
 from tests.engine.domain.examples import IN_STATUS
@@ -51,6 +52,15 @@ def test_a_repair_carries_what_the_log_says() -> None:
     assert order_of(repair) == Correct(
         "hash_changed", to_fields(CLOSING), CLOSING.auction.version, CLOSING.auction.ends_at
     )
+
+
+@pytest.mark.parametrize(("on_the_wire", "counted_on_from"), [(0, 3), (8, 8), (2**60, 3), (-1, 3)])
+def test_a_repair_goes_above_every_version_that_was_shown(on_the_wire: int, counted_on_from: int) -> None:
+    """A tick may have told of a change that a failover lost; whoever heard it must see the repair replace it."""
+    record = replace(CLOSING, auction=replace(CLOSING.auction, version=3))
+    views = replace(seen("a", found=record), tick=Tick(on_the_wire, "CLOSING", 1))
+    (repair,) = planned([drift("a", DriftKind.TICK_DIFFERS)], a=views)
+    assert order_of(repair).found_version == counted_on_from
 
 
 def test_the_same_finding_asks_for_the_same_event() -> None:
