@@ -10,6 +10,11 @@ from tests.postgresql import postgresql_server  # noqa: F401 - fixture
 from tests.servers import DEBIAN, VALKEY, Kind, Server
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that wait for real processes come first: the short ones fill what is left of each worker's time."""
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
 @pytest.fixture(autouse=True)
 def _logs_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A program that a test runs in this process sets up its logs: on the test's own stderr, which is closed after it."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import pytest
@@ -131,13 +131,14 @@ async def opened(house: House, **options: Any) -> AsyncIterator[Reader]:
         await task
 
 
-async def turns(condition: Any, most: int = 1_000) -> None:
+DEADLINE_S: Final = 30.0
+
+
+async def turns(condition: Any) -> None:
     """Let the loop turn until a condition holds."""
-    for _ in range(most):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it never came true")
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 def extend(house: House, version: int) -> str:

@@ -101,6 +101,9 @@ class Watcher(asyncio.Protocol):
         except OSError:
             connection.close()
             self._come_back()
+        except asyncio.CancelledError:
+            connection.close()
+            raise
 
     def _come_back(self) -> None:
         if self.comes_back and not self.is_over:
