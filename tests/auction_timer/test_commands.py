@@ -57,6 +57,14 @@ def feed(monkeypatch: pytest.MonkeyPatch) -> Iterator[BinaryIO]:
         yield feed
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C counts, as at a terminal; a suite that is run in the background may have been started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("source", ["file", "-"])
 def test_a_byte_that_is_not_utf_8_costs_its_own_line_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], feed: BinaryIO, url: str, source: str
@@ -72,6 +80,7 @@ def test_a_byte_that_is_not_utf_8_costs_its_own_line_only(
     assert said.err.startswith("line 2: is not JSON")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_emit_that_is_interrupted_tells_how_far_it_came(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], feed: BinaryIO, url: str
 ) -> None:
