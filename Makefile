@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Every role is a process of its own: without the compiled modules each spends a fifth of a second on compiling them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install serve test coverage lint format bench loadtest docs lock clean
 .DEFAULT_GOAL := install
 
