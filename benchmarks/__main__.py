@@ -44,7 +44,7 @@ SIZES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], dict[str, Any],
     ),
     "intake": (
         intake.measure,
-        {"events": 100_000, "rate": 10_000, "seconds": 10.0},
+        {"events": 100_000, "rate": 10_500, "seconds": 10.0},
         {"events": 1_000, "rate": 500, "seconds": 0.5},
     ),
     "reconcile": (

@@ -572,6 +572,7 @@ def support_reference(command_id: str) -> str:
     return f"SUP-{sha256(command_id.encode()).hexdigest()[:10].upper()}"
 
 
+_THE_MANY: Final = frozenset({Bid, Register})
 _BY_TIME: Final = frozenset({Fact.STARTED, Fact.CLOSING, Fact.ENDED})
 
 
@@ -584,7 +585,7 @@ def _parks(refusal: Refusal, event: InputEvent, context: Context) -> bool:
 
 def _is_kept(event: InputEvent, entry: Entry) -> bool:
     """Whether what becomes of an event is kept for whoever asks: not of the many, unless a person sent one round again."""
-    return entry.attempts > 0 or not isinstance(event, Bid | Register)
+    return entry.attempts > 0 or type(event) not in _THE_MANY
 
 
 def _outcome(decision: Decision) -> str:

@@ -16,6 +16,7 @@ import orjson
 
 from engine.contract.intake import Actor
 from engine.contract.timers import moving_fields
+from engine.contract.values import unguarded
 from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
@@ -24,6 +25,7 @@ GENESIS: Final = "0" * 64
 """`prev_hash` of the first record of a shard."""
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class ChainHead:
     """The last record of a shard's chain."""

@@ -12,6 +12,7 @@ import orjson
 
 from engine.contract.intake import Actor, Context, Resync
 from engine.contract.timers import TimerRecord, timer
+from engine.contract.values import unguarded
 from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
 from engine.domain.withdrawal import is_high_value
@@ -40,6 +41,7 @@ OFFER_CANCELLATION_HIGH_VALUE: Final = "offers.cancellation.high_value"
 PAYMENT_HOLD_RELEASE: Final = "offers.payment_hold.release_requested"
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class Update:
     """One entry of the event lane. `body` is a JSON object."""

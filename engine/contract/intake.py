@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import orjson
 
+from engine.contract.values import unguarded
 from engine.domain.auction import Offer, Registration
 from engine.domain.events import Bid, Cancel, InputEvent, Pause, Register, Reschedule, Resume, Withdraw
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
@@ -58,6 +59,7 @@ class SchemaError(ValueError):
     """An intake body cannot be read. The message names the field."""
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class Actor:
     """Who asked."""
@@ -70,6 +72,7 @@ SCHEDULER: Final = Actor("system", "scheduler")
 ANONYMOUS: Final = Actor("service", "")
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class Context:
     """What accompanies an event and is kept in the record of what it did."""
@@ -161,6 +164,7 @@ Request = Retry | Discard | Resync | Correct | Outage | CorrectClock
 """What gateways and the reconciler ask of a shard, and no transition of the life cycle."""
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class IntakeEvent:
     """A readable input event.

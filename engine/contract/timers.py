@@ -13,6 +13,7 @@ from zlib import crc32
 import orjson
 
 from engine.contract.intake import read_offer, read_policy
+from engine.contract.values import unguarded
 from engine.domain.auction import Auction, Offer, Registration
 from engine.domain.instants import EPOCH_MS_MAX, EpochMs
 from engine.domain.lifecycle import Status
@@ -45,6 +46,7 @@ SEALED: Final = FIELDS[: FIELDS.index("policy")]
 """What the checksum is over: all that says when the auction ends. `policy` is JSON, which another version may spell anew."""
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class TimerRecord:
     """An auction with the ids that follow it through every frame and audit record."""

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from engine.contract.audit import ChainHead
 from engine.contract.timers import CorruptTimerError, TimerRecord
+from engine.contract.values import unguarded
 from engine.domain.instants import EpochMs
 from engine.domain.policy import EXTENSION_MS_MAX
 
@@ -72,6 +73,7 @@ class Appended:
     at: EpochMs
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An intake entry as it was read. `at` is None if it was not written by `append`: poison.
@@ -99,6 +101,7 @@ class ShardHead:
 # Operations of a commit.
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class PutTimer:
     """Write fields of a timer hash. The first one for an auction in a batch must carry the version it builds on."""
@@ -107,6 +110,7 @@ class PutTimer:
     fields: Mapping[str, str]
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class PlaceLive:
     """The deadline of an auction is `ends_at`: it stands in the sorted set of deadlines."""
@@ -138,6 +142,7 @@ class Displace:
     auction_id: str
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class Record:
     """Append an audit record, already chained."""
@@ -145,6 +150,7 @@ class Record:
     fields: Mapping[str, str]
 
 
+@unguarded
 @dataclass(frozen=True, slots=True)
 class Announce:
     """Append to the event lane."""

@@ -73,6 +73,7 @@ SCHEMA_VERSION: Final = "1"
 PAGE_MAX: Final = 1_000
 """Auctions read in one round trip: large enough to hide it, small enough that no other client waits for long."""
 WAITING_PAGE: Final = 100
+_INSTANT_DIGITS_MAX: Final = len(str(EPOCH_MS_MAX))
 """Entries read at once to find one that may be waiting. Nearly always the first one decides."""
 SILENCE_MAX_MS: Final = 3_000
 """A subscription that hears nothing for this long, not even the answer to its own ping, is dead."""
@@ -788,7 +789,7 @@ def _is_retried(values: list[bytes]) -> bool:
 
 def _is_instant(value: bytes) -> bool:
     # The length first: whoever can write to the intake must not be able to stop its reader with a number.
-    return len(value) <= len(str(EPOCH_MS_MAX)) and value.isdigit() and int(value) <= EPOCH_MS_MAX
+    return len(value) <= _INSTANT_DIGITS_MAX and value.isdigit() and int(value) <= EPOCH_MS_MAX
 
 
 def update_entry(stream_id: bytes, values: list[bytes]) -> UpdateEntry:
