@@ -29,6 +29,8 @@ EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
 EXIT_UNAVAILABLE: Final = 69
 """sysexits.h EX_UNAVAILABLE: something this needs did not answer."""
+NICENESS: Final = 5
+"""Of a reconciler: nobody waits for it, and on a busy machine a pass must not delay a tick or a close."""
 
 _CONFIG_ERRORS: Final = (
     SettingsError,
@@ -133,6 +135,7 @@ def reconciler(settings: Settings, *, parent: int | None = None) -> int:
     port = settings.metrics_port if parent is None else None
 
     async def work() -> None:
+        os.nice(NICENESS)
         with metrics_server(port, registry):
             await app.serve(usable(settings, Role.RECONCILER), registry)
 

@@ -14,12 +14,14 @@ import pytest
 from websockets.sync.client import connect
 
 from auction_timer.processes import parent_death_hook
+from auction_timer.roles import NICENESS
 from tests.integration.events import bid, event, fresh_id, started
 from tests.live import DEADLINE_S, SCRIPT, LiveStack, alive, children_of, until
 
 pytestmark = pytest.mark.integration
 
 LONG_MS = 7_200_000
+ROLES = ("engine", "gateway", "reconciler")
 
 
 @pytest.fixture
@@ -47,6 +49,9 @@ def test_children_are_named_and_none_is_left(short_tmp: Path) -> None:
     assert stack.ready_line.startswith("ready http://127.0.0.1:")
     (gateway,) = stack.pids("gateway")
     assert b"AUCTION_TIMER_DRAIN_MS=25000" in Path(f"/proc/{gateway}/environ").read_bytes().split(b"\0")
+    priorities = {role: [os.getpriority(os.PRIO_PROCESS, pid) for pid in stack.pids(role)] for role in ROLES}
+    base = os.getpriority(os.PRIO_PROCESS, 0)
+    assert priorities == {"engine": [base], "gateway": [base], "reconciler": [base + NICENESS]}
     assert stack.stop() == 0
     assert not [pid for pid in children if alive(pid)]
 
