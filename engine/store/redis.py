@@ -8,7 +8,8 @@ from functools import partial
 from math import floor
 from typing import Any, Final, TypeVar
 
-from redis.exceptions import RedisError
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError, ResponseError
 
 from engine.clock import Clock
 from engine.contract import keys
@@ -73,6 +74,7 @@ SCHEMA_VERSION: Final = "1"
 PAGE_MAX: Final = 1_000
 """Auctions read in one round trip: large enough to hide it, small enough that no other client waits for long."""
 WAITING_PAGE: Final = 100
+_MISCONF: Final = "MISCONF"
 _INSTANT_DIGITS_MAX: Final = len(str(EPOCH_MS_MAX))
 """Entries read at once to find one that may be waiting. Nearly always the first one decides."""
 SILENCE_MAX_MS: Final = 3_000
@@ -685,7 +687,7 @@ class RedisStore:
                 await heeding_cancellation(lambda: subscription.subscribe(*channels))
             heard = asked = self._clock.monotonic_ns()
             while True:
-                message = await heeding_cancellation(lambda: subscription.get_message(timeout=PING_EVERY_S))
+                message = await heeding_cancellation(partial(_heard, subscription))
                 now = self._clock.monotonic_ns()
                 if message is not None:
                     heard = now
@@ -705,6 +707,17 @@ class RedisStore:
             raise StoreUnavailableError(f"the tick lane was lost: {error}") from error
         finally:
             await subscription.aclose()
+
+
+async def _heard(subscription: PubSub) -> dict[str, Any] | None:
+    """The next message; None if none came. With a full disk Redis refuses even pings, and is alive."""
+    try:
+        message: dict[str, Any] | None = await subscription.get_message(timeout=PING_EVERY_S)
+    except ResponseError as error:
+        if not str(error).startswith(_MISCONF):
+            raise
+        return {"type": "pong", "channel": b"", "data": b""}
+    return message
 
 
 def _complaints(config: Mapping[str, str]) -> list[str]:
