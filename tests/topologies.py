@@ -222,19 +222,15 @@ class SentinelGroup:
     def wait_until_whole(self) -> Member:
         """Wait for one primary with two replicas that every sentinel knows to be well; the primary."""
 
-        def with_replicas() -> Member | None:
+        def whole() -> Member | None:
             # Asked anew each time: who was named a moment ago may have been told to follow somebody else.
             primary = self.primary
             role = primary.ask("ROLE")
-            return primary if role[0] in (b"master", "master") and len(role[2]) == 2 else None
+            if role[0] not in (b"master", "master") or len(role[2]) < 2:
+                return None
+            return primary if all(self._is_well(sentinel, primary) for sentinel in self.sentinels) else None
 
-        primary: Member = until(with_replicas, "both replicas are connected")
-        for sentinel in self.sentinels:
-            until(
-                lambda sentinel=sentinel: self._is_well(sentinel, primary),
-                f"{sentinel.address} sees all well",
-                within_s=90,
-            )
+        primary: Member = until(whole, "every sentinel sees a primary with two replicas that are well", within_s=90)
         return primary
 
     def _is_well(self, sentinel: Member, primary: Member) -> bool:
