@@ -36,7 +36,8 @@ class ChainHead:
 
 def record_hash(fields: Mapping[str, str]) -> str:
     """The hash a record must carry, from all its fields but `hash`."""
-    content = {name: value for name, value in fields.items() if name != "hash"}
+    content = dict(fields)
+    content.pop("hash", None)
     return sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
