@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -226,12 +226,12 @@ class SentinelGroup:
             # Asked anew each time: who was named a moment ago may have been told to follow somebody else.
             primary = self.primary
             role = primary.ask("ROLE")
-            if role[0] not in (b"master", "master") or len(role[2]) < 2:
+            if role[0] not in (b"master", "master") or len(role[2]) != 2:
                 return None
             return primary if all(self._is_well(sentinel, primary) for sentinel in self.sentinels) else None
 
-        primary: Member = until(whole, "every sentinel sees a primary with two replicas that are well", within_s=90)
-        return primary
+        found: Member = until(whole, "every sentinel sees a primary with two replicas that are well", within_s=90)
+        return found
 
     def _is_well(self, sentinel: Member, primary: Member) -> bool:
         if str(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1]) != str(primary.port):
@@ -361,3 +361,15 @@ class ClusterGroup:
         """End all of it."""
         for each in self.members:
             each.remove()
+
+
+G = TypeVar("G", SentinelGroup, ClusterGroup)
+
+
+@contextmanager
+def stopping(made: G) -> Iterator[G]:
+    """A group that is stopped after the block."""
+    try:
+        yield made
+    finally:
+        made.stop()

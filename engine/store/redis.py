@@ -826,11 +826,13 @@ def _reply(stream_id: bytes, values: list[bytes]) -> ReplyEntry:
 
 def _record(fields: Mapping[bytes, bytes]) -> dict[str, str]:
     """An audit record. Bytes that are no UTF-8 stay what they are, so that a hash over them still tells."""
-    with contextlib.suppress(UnicodeDecodeError):
-        return {name.decode(): value.decode() for name, value in fields.items()}  # a third quicker
-    return {
-        name.decode(errors="surrogateescape"): value.decode(errors="surrogateescape") for name, value in fields.items()
-    }
+    try:
+        return {name.decode(): value.decode() for name, value in fields.items()}  # 2.6 us, with a handler named 4.0
+    except UnicodeDecodeError:
+        return {
+            name.decode(errors="surrogateescape"): value.decode(errors="surrogateescape")
+            for name, value in fields.items()
+        }
 
 
 def _scored(row: list[Any]) -> list[tuple[bytes, bytes]]:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
 import orjson
 import pytest
@@ -25,6 +25,7 @@ from tests.fakes.clock import BORN_MS
 from tests.fakes.loop import run
 from tests.gateway.front import front
 from tests.gateway.house import AUCTION, ENDS_AT, House, record
+from tests.live import DEADLINE_S
 
 pytestmark = [pytest.mark.requirement("R4", "R16")]
 
@@ -129,9 +130,6 @@ async def opened(house: House, **options: Any) -> AsyncIterator[Reader]:
         reader.hung_up.set()
         reader.reads.set()
         await task
-
-
-DEADLINE_S: Final = 30.0
 
 
 async def turns(condition: Any) -> None:

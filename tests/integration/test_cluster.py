@@ -19,7 +19,7 @@ from engine.store.protocol import Draft, StoreUnavailableError
 from engine.store.redis import RedisStore
 from tests.contracts.stores import until
 from tests.fakes.events import start
-from tests.topologies import SHARDS, ClusterGroup, Member
+from tests.topologies import SHARDS, ClusterGroup, Member, stopping
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R16")]
 
@@ -29,11 +29,8 @@ FAILOVER_WITHIN_S = 6.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ClusterGroup]:
     """One Cluster for the module: each test leaves three primaries with a replica each behind."""
-    made = ClusterGroup()
-    try:
+    with stopping(ClusterGroup()) as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture

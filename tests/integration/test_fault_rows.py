@@ -27,7 +27,7 @@ from tests.integration.records import records_of
 from tests.integration.test_first_light import now_of
 from tests.live import DEADLINE_S, SCRIPT, LiveStack
 from tests.live import until as polled
-from tests.topologies import SERVICE, Member, SentinelGroup
+from tests.topologies import SERVICE, Member, SentinelGroup, stopping
 from tests.topologies import until as answered
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R5", "R16", "B1")]
@@ -292,11 +292,8 @@ class Bidders:
 @pytest.fixture
 def group() -> Iterator[SentinelGroup]:
     """A group of its own: what a failover leaves behind is nobody else's beginning."""
-    made = SentinelGroup()
-    try:
+    with stopping(SentinelGroup()) as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture

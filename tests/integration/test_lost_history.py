@@ -17,7 +17,7 @@ from tests.integration.records import SHARDS, keys_of, records_of
 from tests.integration.test_first_light import now_of
 from tests.integration.test_reconciler import passed_since, passes
 from tests.live import LiveStack, until
-from tests.topologies import SentinelGroup
+from tests.topologies import SentinelGroup, stopping
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R10"), pytest.mark.requirement("R12")]
 
@@ -31,11 +31,8 @@ LOST: Final = 4
 @pytest.fixture
 def group() -> Iterator[SentinelGroup]:
     """A group of its own: what is left of it is another history."""
-    made = SentinelGroup()
-    try:
+    with stopping(SentinelGroup()) as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from gateway.metrics import GatewayMetrics
 from tests.contracts.stores import until
 from tests.fakes.events import bid, start
 from tests.gateway.house import Listener, told
-from tests.topologies import SentinelGroup
+from tests.topologies import SentinelGroup, stopping
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R16")]
 
@@ -42,11 +42,8 @@ WITHIN_S = 20.0
 @pytest.fixture(scope="module")
 def group() -> Iterator[SentinelGroup]:
     """One group for the module."""
-    made = SentinelGroup()
-    try:
+    with stopping(SentinelGroup()) as made:
         yield made
-    finally:
-        made.stop()
 
 
 class System:

@@ -16,7 +16,7 @@ from engine.store.link import RedisLink
 from engine.store.protocol import Draft, StoreUnavailableError
 from engine.store.redis import SILENCE_MAX_MS, RedisStore
 from tests.contracts.stores import until
-from tests.topologies import WITHIN_S, Member, SentinelGroup
+from tests.topologies import WITHIN_S, Member, SentinelGroup, stopping
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R16")]
 
@@ -27,11 +27,8 @@ FAILOVER_WITHIN_S = 5.0
 @pytest.fixture(scope="module")
 def group() -> Iterator[SentinelGroup]:
     """One group for the module: each test leaves a primary and two replicas behind."""
-    made = SentinelGroup()
-    try:
+    with stopping(SentinelGroup()) as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture
