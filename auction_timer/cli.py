@@ -75,6 +75,7 @@ ErrorCode = Annotated[str | None, typer.Option(help="Only commands with this err
 EventTypeName = Annotated[str | None, typer.Option(help="Only commands of this type.", show_default=False)]
 Operator = Annotated[str, typer.Option(help="Who is recorded; with a token it is the token's subject.", envvar="USER")]
 Parent = Annotated[int | None, typer.Option(hidden=True)]
+Alive = Annotated[int | None, typer.Option(hidden=True)]
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 EXIT_USAGE = 2
@@ -130,11 +131,11 @@ def serve(
 
 
 @app.command()
-def engine(redis_url: RedisUrl = None, parent: Parent = None) -> None:
+def engine(redis_url: RedisUrl = None, parent: Parent = None, alive: Alive = None) -> None:
     """Run one engine against a Redis: it claims the shards it can get and keeps them."""
     from auction_timer import roles
 
-    _exit(roles.engine(_settings(redis_url=redis_url), parent=parent))
+    _exit(roles.engine(_settings(redis_url=redis_url), parent=parent, alive=alive))
 
 
 @app.command()
@@ -144,13 +145,14 @@ def gateway(
     port: Port = None,
     insecure: Insecure = None,
     parent: Parent = None,
+    alive: Alive = None,
     fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run one gateway against a Redis: HTTP and sockets."""
     from auction_timer import roles
 
     settings = _settings(redis_url=redis_url, host=host, port=port, insecure=insecure)
-    _exit(roles.gateway(settings, parent=parent, fd=fd))
+    _exit(roles.gateway(settings, parent=parent, alive=alive, fd=fd))
 
 
 @app.command()
@@ -165,6 +167,7 @@ def reconciler(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --once: repair nothing.")] = False,
     parent: Parent = None,
+    alive: Alive = None,
 ) -> None:
     """Run one reconciler against a Redis: it compares every live auction with the audit log, and repairs what drifted.
 
@@ -180,7 +183,7 @@ def reconciler(
         raise typer.BadParameter("--report and --dry-run go with --once")
     from auction_timer import roles
 
-    _exit(roles.reconciler(settings, parent=parent))
+    _exit(roles.reconciler(settings, parent=parent, alive=alive))
 
 
 def _duration(text: str) -> int:

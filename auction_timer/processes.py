@@ -1,4 +1,4 @@
-"""Child processes of `serve`: each is watched, restarted when it dies, and never left behind.
+"""Child processes of `serve`: each is watched, restarted when it dies or freezes, and never left behind.
 
 Two promises point in opposite directions:
 
@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Self
@@ -27,6 +27,7 @@ from typing import IO, Any, Final, Self
 import structlog
 
 from auction_timer.errors import ChildConfigError, ChildStartError
+from auction_timer.pulse import Pulse
 
 EXIT_USAGE: Final = 2
 """What argparse, click and typer exit with when the command line is wrong."""
@@ -219,14 +220,16 @@ async def is_set_within(event: asyncio.Event, wait_ms: int) -> bool:
 class ChildSpec:
     """How to start one child, again and again.
 
-    `env` None: ours. `pass_fds`: descriptors the child inherits under the same numbers. `stdout`, `stderr`: as for
-    `subprocess.Popen`; None: ours.
+    `env` None: ours. `pass_fds`: descriptors the child inherits under the same numbers. `frozen_ms`: a child that shows no
+    life for so long is killed and started again; it is given `--alive FD`, where it must `beat`. None: nobody looks.
+    `stdout`, `stderr`: as for `subprocess.Popen`; None: ours.
     """
 
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str] | None = None
     pass_fds: tuple[int, ...] = ()
+    frozen_ms: int | None = None
     stdout: int | IO[Any] | None = None
     stderr: int | IO[Any] | None = None
 
@@ -240,6 +243,7 @@ class Child:
         self._on_exit = on_exit
         self._monotonic = monotonic
         self._process: asyncio.subprocess.Process | None = None
+        self._pulse: Pulse | None = None
         self._started_at = 0.0
         self._was_healthy = False
         self._backoff = Backoff()
@@ -281,16 +285,34 @@ class Child:
         Raises:
             OSError: the operating system refused (no such program, too many processes or open files).
         """
-        self._process = await asyncio.create_subprocess_exec(
-            *self.spec.argv,
-            env=self.spec.env,
-            pass_fds=self.spec.pass_fds,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=self.spec.stdout,
-            stderr=self.spec.stderr,
-            start_new_session=True,
-        )
+        with self._new_pulse() as fds:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.spec.argv,
+                *(argument for fd in fds for argument in ("--alive", str(fd))),
+                env=self.spec.env,
+                pass_fds=(*self.spec.pass_fds, *fds),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=self.spec.stdout,
+                stderr=self.spec.stderr,
+                start_new_session=True,
+            )
         self._started_at = self._monotonic()
+
+    @contextlib.contextmanager
+    def _new_pulse(self) -> Iterator[tuple[int, ...]]:
+        """The descriptor on which a process started meanwhile shows life, if anybody looks."""
+        self._close_pulse()
+        if self.spec.frozen_ms is None:
+            yield ()
+            return
+        self._pulse = Pulse(self.spec.frozen_ms)
+        with self._pulse.inherited() as fd:
+            yield (fd,)
+
+    def _close_pulse(self) -> None:
+        if self._pulse is not None:
+            self._pulse.close()
+            self._pulse = None
 
     async def keep(self) -> None:
         """Restart the spawned process whenever it ends, until `ask_to_stop`; then end it.
@@ -303,17 +325,30 @@ class Child:
                 pass
         finally:
             self.kill()
+            self._close_pulse()
 
     async def _exited(self) -> int | None:
         """Wait until the process is gone: how it ended, or None if that had been asked for."""
         process = self._process
         assert process is not None, "a child is kept only after it was spawned"
-        await first_of(process.wait(), self._stop_asked.wait())
+        await first_of(process.wait(), self._stop_asked.wait(), self._killed_frozen(process))
         if self._stop_asked.is_set():
             by_itself = await end_process(process, grace_ms=self._grace_ms)
             _log.info("child_stopped", role=self.spec.name, pid=process.pid, killed=not by_itself)
         self._on_exit(process.pid)
-        return None if self._stop_asked.is_set() else process.returncode
+        if self._stop_asked.is_set():
+            return None
+        # One that survives even SIGKILL, in a call that does not return, cannot do anything else either.
+        return -signal.SIGKILL if process.returncode is None else process.returncode
+
+    async def _killed_frozen(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the process once it has shown no life for too long; then return."""
+        if self._pulse is None:
+            await asyncio.Event().wait()
+            return
+        await self._pulse.stopped()
+        _log.error("child_frozen", role=self.spec.name, pid=process.pid, silent_ms=self._pulse.silent_ms)
+        await _kill(process)
 
     async def _restarted(self, exit_code: int) -> bool:
         """Spawn again after the delay that is due; False if asked to stop meanwhile."""

@@ -19,6 +19,7 @@ from auction_timer.roles import EXIT_FAILURE, EXIT_OK, EXIT_UNAVAILABLE, loop_fa
 from engine import logs
 from engine.clock import AuctionClock, SystemClock
 from engine.clock_sync import ClockSync
+from engine.lifetime import calm_collector
 from engine.settings import Settings, SettingsError
 from engine.store.archive import ArchiveUrlError, AuditArchive, archive_url
 from engine.store.link import RedisLink, RedisRefusedError, RedisUrlError
@@ -39,6 +40,7 @@ HOLDER: Final = "once"
 def once(settings: Settings, *, printing: bool, repairing: bool) -> int:
     """Make one pass; the exit code: 0 nothing found, 1 drift, 69 if Redis does not answer, 78 if the settings are wrong."""
     logs.configure("reconciler", form=settings.log_format, level=settings.log_level)
+    calm_collector()
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             report, acted = runner.run(_once(usable(settings, Role.RECONCILER), repairing=repairing))

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from auction_timer.errors import ChildConfigError, DataDirError, LocalStackError, ServerBinaryError
 from auction_timer.preflight import Role, usable
 from auction_timer.processes import EXIT_CONFIG, die_with_parent
+from auction_timer.pulse import beat
 from engine import logs
 from engine.settings import Settings, SettingsError
 from engine.store.link import RedisRefusedError, RedisUrlError
@@ -46,15 +47,29 @@ log = structlog.get_logger()
 
 
 def run(
-    role: str, settings: Settings, work: Callable[[], Coroutine[Any, Any, None]], *, parent: int | None = None
+    role: str,
+    settings: Settings,
+    work: Callable[[], Coroutine[Any, Any, None]],
+    *,
+    parent: int | None = None,
+    alive: int | None = None,
 ) -> int:
-    """Run a role until it ends; the exit code."""
+    """Run a role until it ends; the exit code. `alive`: the descriptor on which a `serve` wants to see that it lives."""
     logs.configure(role, form=settings.log_format, level=settings.log_level)
     if parent is not None:
         die_with_parent(parent)
     with _explained() as outcome, asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(work())
+        runner.run(_showing_life(work, alive))
     return outcome.code
+
+
+async def _showing_life(work: Callable[[], Coroutine[Any, Any, None]], alive: int | None) -> None:
+    beating = asyncio.create_task(beat(alive)) if alive is not None else None
+    try:
+        await work()
+    finally:
+        if beating is not None:
+            beating.cancel()
 
 
 class _Outcome:
@@ -97,7 +112,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def engine(settings: Settings, *, parent: int | None = None) -> int:
+def engine(settings: Settings, *, parent: int | None = None, alive: int | None = None) -> int:
     """The engine role."""
     from engine import app
     from engine.metrics_server import metrics_server
@@ -108,10 +123,10 @@ def engine(settings: Settings, *, parent: int | None = None) -> int:
         with metrics_server(settings.metrics_port, registry):
             await app.serve(usable(settings, Role.ENGINE), registry)
 
-    return run("engine", settings, work, parent=parent)
+    return run("engine", settings, work, parent=parent, alive=alive)
 
 
-def gateway(settings: Settings, *, parent: int | None = None, fd: int | None = None) -> int:
+def gateway(settings: Settings, *, parent: int | None = None, alive: int | None = None, fd: int | None = None) -> int:
     """The gateway role. `fd`: a listening socket that was inherited."""
     from gateway import app
 
@@ -122,10 +137,10 @@ def gateway(settings: Settings, *, parent: int | None = None, fd: int | None = N
             checked, CollectorRegistry(), listener, is_orphan=lambda: parent is not None and os.getppid() != parent
         )
 
-    return run("gateway", settings, work, parent=parent)
+    return run("gateway", settings, work, parent=parent, alive=alive)
 
 
-def reconciler(settings: Settings, *, parent: int | None = None) -> int:
+def reconciler(settings: Settings, *, parent: int | None = None, alive: int | None = None) -> int:
     """The reconciler role."""
     from engine.metrics_server import metrics_server
     from reconciler import app
@@ -139,7 +154,7 @@ def reconciler(settings: Settings, *, parent: int | None = None) -> int:
         with metrics_server(port, registry):
             await app.serve(usable(settings, Role.RECONCILER), registry)
 
-    return run("reconciler", settings, work, parent=parent)
+    return run("reconciler", settings, work, parent=parent, alive=alive)
 
 
 def listen(host: str, port: int) -> socket.socket:

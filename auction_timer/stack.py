@@ -114,11 +114,13 @@ async def _roles(
         if store is not None:
             watched.append(asyncio.create_task(store.supervise(), name="store"))
         try:
-            await children.start(ChildSpec("engine", (*prefix, "engine", "--parent", parent), env))
-            await children.start(ChildSpec("reconciler", (*prefix, "reconciler", "--parent", parent), env))
+            frozen_ms = settings.frozen_ms
+            for name in ("engine", "reconciler"):
+                argv = (*prefix, name, "--parent", parent)
+                await children.start(ChildSpec(name, argv, env, frozen_ms=frozen_ms))
             for name in names:
                 argv = (*prefix, "gateway", "--parent", parent, "--fd", str(fd))
-                await children.start(ChildSpec(name, argv, env, pass_fds=(fd,)))
+                await children.start(ChildSpec(name, argv, env, pass_fds=(fd,), frozen_ms=frozen_ms))
             announcing = asyncio.create_task(_announce(url, children), name="announce")
             watched.append(announcing)
             await first_of(stop.wait(), *(_failed(task) for task in watched))

@@ -27,6 +27,7 @@ from engine.domain.auction import Registration
 from engine.domain.events import Register
 from engine.domain.instants import HOUR_MS, EpochMs
 from engine.domain.policy import Policy
+from engine.lifetime import calm_collector
 from engine.store.reconciler_lease import ReconcilerLease
 from reconciler.loop import Limits, Reconciler
 from reconciler.metrics import ReconcilerMetrics
@@ -39,6 +40,7 @@ TICK_MS: Final = 5_000
 
 async def measure(*, auctions: int, seconds: float, save: bool) -> dict[str, Any]:
     """Compare `auctions` live auctions with the log, and follow their ticks for `seconds` three times."""
+    calm_collector()  # as a reconciler does
     async with bench() as made, engine_process(made):
         names = [f"auction-{number}" for number in range(auctions)]
         ends = await _register(made, names)

@@ -20,12 +20,12 @@ log = structlog.get_logger()
 
 
 def calm_collector() -> None:
-    """Keep the cycle collector away from the timers and the sockets.
+    """Keep the cycle collector away from the timers, the sockets and the fold of the log.
 
-    What an engine holds is 100,000 small values without a cycle among them, and what a gateway remembers are events. At the
-    interpreter's own thresholds a full collection walks all of them again and again: 105 ms each with 100,000 timers
-    (measured), in which nothing closes and nobody is told anything. Reference counting frees them all the same. What was
-    imported by now stays for good, and is never walked again.
+    What an engine holds is 100,000 small values without a cycle among them, as is what a reconciler has read, and what a
+    gateway remembers are events. At the interpreter's own thresholds a full collection walks all of them again and again:
+    105 ms each with 100,000 timers (measured), in which nothing closes and nobody is told anything. Reference counting
+    frees them all the same. What was imported by now stays for good, and is never walked again.
     """
     gc.freeze()
     gc.set_threshold(*CALM)

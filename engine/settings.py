@@ -156,6 +156,13 @@ class Settings(BaseSettings):
         description="How long a gateway that stops waits for the close of auctions in their last minute, in ms. Unset, those "
         "of `serve` wait 25,000. Whoever stops the process must wait longer: see docs/deployment.md.",
     )
+    frozen_ms: int = Field(
+        20_000,
+        ge=2_000,
+        le=3_600_000,
+        description="How long an engine, gateway or reconciler of `serve` may stand still before it is killed and started "
+        "again, in ms.",
+    )
     outbox_bytes_max: int = Field(
         262_144,
         ge=4_096,

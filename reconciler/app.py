@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from engine.clock import AuctionClock, Clock, SystemClock
 from engine.clock_board import ClockBoard
 from engine.clock_sync import ClockSync
-from engine.lifetime import patiently, stop_event, until_stopped
+from engine.lifetime import calm_collector, patiently, stop_event, until_stopped
 from engine.logs import without_secrets
 from engine.settings import Settings, SettingsError
 from engine.store.archive import ArchiveUnavailableError, ArchiveUrlError, AuditArchive, archive_url
@@ -64,6 +64,7 @@ async def serve(settings: Settings, registry: CollectorRegistry) -> None:
     watch = ClockWatch(store, auction_clock, sync.witnesses, board, metrics, shards=settings.shards)
     reconciler = made(settings, store, archive, auction_clock, metrics)
     stop = stop_event()
+    calm_collector()
     log.info("reconciler_starting", redis=without_secrets(settings.redis_url), archive=archive.shown)
     try:
         if await until_stopped(stop, patiently(lambda: store.deployment(settings.shards))):

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import orjson
 
-from engine.contract.intake import SchemaError, read_offer, read_policy
-from engine.contract.timers import CorruptTimerError, TimerRecord, from_fields, to_fields
+from engine.contract.intake import SchemaError
+from engine.contract.timers import CorruptTimerError, TimerRecord, from_fields, offer_in, policy_in, to_fields
 from engine.domain.auction import Auction, Registration
 from engine.domain.decide import Fact
 from engine.domain.instants import EpochMs
@@ -123,8 +123,8 @@ def _begun(told: Told | None, fields: Mapping[str, str], details: Mapping[str, A
             auction_id,
             EpochMs(details["starts_at"]),
             EpochMs(details["ends_at"]),
-            read_policy(details["policy"]),
-            read_offer(details["offer"]),
+            policy_in(orjson.dumps(details["policy"]).decode()),
+            offer_in(orjson.dumps(details["offer"]).decode()),
         )
         auction = replace(
             auction, status=status, version=version, registration=registration, ends_at=registration.ends_at

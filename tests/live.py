@@ -67,7 +67,8 @@ class LiveStack:
         self.process = subprocess.Popen(
             [*SCRIPT, "serve", "--port", "0", "--data-dir", str(self.data_dir), *options],
             cwd=directory,
-            env=environment | (env or {}),
+            # What a test stops must still be there when it lets it go on.
+            env=environment | {"AUCTION_TIMER_FROZEN_MS": "300000"} | (env or {}),
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,

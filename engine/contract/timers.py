@@ -207,8 +207,8 @@ def _record(text: list[str]) -> TimerRecord:
             auction_id,
             EpochMs(int(starts_at)),
             EpochMs(int(original_ends_at)),
-            _policy(policy),
-            _offer(offer),
+            policy_in(policy),
+            offer_in(offer),
         )
     auction = Auction(
         auction_id=auction_id,
@@ -231,12 +231,14 @@ def _record(text: list[str]) -> TimerRecord:
 # A house has few policies and, often, no offer facts: 100,000 auctions then share a handful of these immutable values,
 # which makes a restart twice as fast and an engine half as large.
 @lru_cache(maxsize=4_096)
-def _policy(text: str) -> Policy:
+def policy_in(text: str) -> Policy:
+    """The policy that a JSON text states; equal texts give the same value. Raises as `read_policy` does."""
     return read_policy(orjson.loads(text))
 
 
 @lru_cache(maxsize=4_096)
-def _offer(text: str) -> Offer:
+def offer_in(text: str) -> Offer:
+    """The offer that a JSON text states; equal texts give the same value. Raises as `read_offer` does."""
     return read_offer(orjson.loads(text))
 
 

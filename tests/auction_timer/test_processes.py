@@ -13,6 +13,7 @@ import pytest
 import structlog
 import uvloop
 
+from auction_timer import pulse
 from auction_timer.errors import ChildConfigError, ChildStartError, LocalStackError
 from auction_timer.processes import (
     EXIT_CONFIG,
@@ -37,6 +38,7 @@ Scenario = Callable[[], Coroutine[Any, Any, None]]
 PYTHON = (sys.executable, "-I", "-S", "-c")  # no site-packages: starts in some 15 ms
 RUNS_ON = "import signal; open({ready!r}, 'a').write('x'); signal.pause()"
 IGNORES_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + RUNS_ON
+BEATS_ONCE = "import os, sys; os.write(int(sys.argv[2]), b'.'); " + RUNS_ON
 LEAVES_A_NOTE = (
     "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (open({note!r}, 'w').write('bye'), sys.exit(0))); "
     + RUNS_ON
@@ -295,6 +297,44 @@ def test_a_config_error_is_not_restarted(
 
     on_loop(scenario)
     assert not [line for line in log if line["event"] == "child_restarted"]
+
+
+@pytest.mark.integration
+def test_a_child_that_stands_still_is_killed_and_started_again(
+    on_loop: Callable[[Scenario], None], tmp_path: Path, log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its processes beats once and no more: each is replaced, and a stop still ends the last one."""
+    monkeypatch.setattr(pulse, "BEAT_MS", 10)
+
+    async def scenario() -> None:
+        async with ChildSupervisor() as children:
+            child = await children.start(spec_of("engine", BEATS_ONCE, tmp_path, frozen_ms=200))
+            first = child.pid
+            await eventually(lambda: starts(tmp_path, "engine") == 3)
+            assert first is not None
+            assert not exists(first)
+            assert child.restarts == 2
+
+    on_loop(scenario)
+    frozen = [line for line in log if line["event"] == "child_frozen"]
+    assert {(line["role"], line["silent_ms"]) for line in frozen} == {("engine", 200)}
+    assert {line["signal"] for line in log if line["event"] == "child_exited"} == {"SIGKILL"}
+
+
+def descriptors() -> int:
+    """How many files this process has open."""
+    return len(list(Path("/dev/fd").iterdir()))
+
+
+@pytest.mark.integration
+async def test_descriptors_of_frozen_children_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a child is replaced, its parent keeps no pipe of those that were."""
+    monkeypatch.setattr(pulse, "BEAT_MS", 10)
+    before = descriptors()
+    async with ChildSupervisor() as children:
+        await children.start(spec_of("engine", BEATS_ONCE, tmp_path, frozen_ms=50))
+        await eventually(lambda: starts(tmp_path, "engine") == 3)
+    assert descriptors() <= before + 1
 
 
 FAILS_WITH_2_ONCE = """

@@ -465,6 +465,31 @@ def test_a_takeover_is_written_down_without_a_pass(short_tmp: Path) -> None:
         stack.stop()
 
 
+@pytest.mark.requirement("R10", "R16")
+def test_what_stands_still_is_replaced(short_tmp: Path) -> None:
+    """A stopped engine is found and started anew, and closes as of the end, once; so are a gateway and a reconciler."""
+    stack = LiveStack(short_tmp, env={"AUCTION_TIMER_FROZEN_MS": "4000"})
+    try:
+        auction_id, now = fresh_id(), now_of(stack)
+        stack.post(started(auction_id, now, now + 2_000, soft_close_window_ms=1_000))
+        stack.until_status(auction_id, "ACTIVE")
+        (engine,) = stack.pids("engine")
+        os.kill(engine, signal.SIGSTOP)
+        until(lambda: stack.pids("engine") not in ([], [engine]), "another engine runs")
+        ended = stack.until_status(auction_id, "ENDED")
+        assert ended["ended_at"] == ended["original_ends_at"]
+        assert facts_of(stack, auction_id).count("auction_timer_ended") == 1
+        assert "heartbeat_frozen" in {each["cause"] for each in stream(stack, RECONCILIATIONS)}
+        for role in ("gateway", "reconciler"):
+            (stopped,) = stack.pids(role)
+            os.kill(stopped, signal.SIGSTOP)
+            until(lambda role=role, stopped=stopped: stack.pids(role) not in ([], [stopped]), f"another {role} runs")
+        assert stack.timer(auction_id)["status"] == "ENDED"
+        assert stack.logged().count("child_frozen") >= 3
+    finally:
+        stack.stop()
+
+
 def edit_the_archive(stack: LiveStack, auction_id: str) -> None:
     """What stood in the stream stands in the archive only, and there somebody has changed a record."""
     shard, path = shard_of(auction_id, SHARDS), stack.data_dir / "audit.sqlite3"
