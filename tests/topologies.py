@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -79,8 +79,11 @@ def until(condition: Callable[[], Any], what: str, within_s: float = WITHIN_S) -
 class Member:
     """One server of a topology."""
 
-    def __init__(self, port: int, options: Sequence[str], *, config: str | None = None) -> None:
+    def __init__(
+        self, port: int, options: Sequence[str], *, config: str | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
         self.port = port
+        self._env = os.environ | (env or {})
         self.options = list(options)
         self.directory = Path(tempfile.mkdtemp(prefix="at-", dir="/tmp"))
         self.log = self.directory / "log"
@@ -97,6 +100,7 @@ class Member:
         ]  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
+            env=self._env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -150,10 +154,13 @@ _KEEPS: Final = (
 
 
 class SentinelGroup:
-    """One primary, two replicas and three sentinels."""
+    """One primary, two replicas, which have `replica_env`, and three sentinels."""
 
-    def __init__(self, *, down_after_ms: int = DOWN_AFTER_MS) -> None:
+    def __init__(
+        self, *, down_after_ms: int = DOWN_AFTER_MS, replica_env: Mapping[str, str] | None = None
+    ) -> None:
         ports = free_ports(6)
+        self._replica_env = replica_env
         self.members: list[Member] = []
         self.sentinels: list[Member] = []
         try:
@@ -165,7 +172,7 @@ class SentinelGroup:
     def _start(self, ports: list[int], sentinel_ports: list[int], down_after_ms: int) -> None:
         for port in ports:
             follows = () if port == ports[0] else ("--replicaof", f"127.0.0.1 {ports[0]}")
-            self.members.append(Member(port, [*_KEEPS, *follows]))
+            self.members.append(Member(port, [*_KEEPS, *follows], env=self._replica_env if follows else None))
         for member in self.members:
             until(lambda member=member: member.ask("PING"), f"{member.address} answers")
         until(lambda: len(self.members[0].ask("ROLE")[2]) == 2, "both replicas are connected")
