@@ -69,7 +69,7 @@ async def test_the_date_of_a_replica_that_is_promoted_is_off(ahead_s: int, tmp_p
             await asyncio.gather(*selling)
             for sale in sales:
                 await sale.judge(LATE_MS)
-            await until(lambda: all(abs(offset + ahead_s * 1_000) <= BOUND_MS for offset in offsets(group)), "it is corrected")
+            await until(lambda: all(abs(offset + ahead_s * 1_000) <= BOUND_MS for offset in offsets(group)), "corrected")
             await until(lambda: {clock["verdict"] for clock in stated(group).values()} == {"none"}, "all clocks agree again")
             print("closed after ms:", [round(sale.closes[0]) for sale in sales], "offsets", offsets(group))
         finally:
