@@ -156,9 +156,7 @@ _KEEPS: Final = (
 class SentinelGroup:
     """One primary, two replicas, which have `replica_env`, and three sentinels."""
 
-    def __init__(
-        self, *, down_after_ms: int = DOWN_AFTER_MS, replica_env: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, *, down_after_ms: int = DOWN_AFTER_MS, replica_env: Mapping[str, str] | None = None) -> None:
         ports = free_ports(6)
         self._replica_env = replica_env
         self.members: list[Member] = []

@@ -17,7 +17,7 @@ from engine.settings import Settings
 from gateway.door import DRAIN_LOOK_EVERY_S, LAST_MINUTE_MS, OVER_LINGER_S
 from tests.integration.crowd import DEADLINE_S, Watcher, crowd, gaps, lane, port_of, until
 from tests.integration.events import bid, fresh_id, started
-from tests.integration.own_gateway import OwnGateway
+from tests.integration.own_role import OwnGateway
 from tests.live import LiveStack
 
 pytestmark = pytest.mark.integration

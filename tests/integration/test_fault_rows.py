@@ -6,7 +6,6 @@ Real processes, and each fault as an operator meets it. An auction whose end fal
 import asyncio
 import contextlib
 import errno
-import os
 import shutil
 import socket
 import subprocess
@@ -23,9 +22,10 @@ from redis.retry import Retry
 from auction_timer.roles import listen, url_of
 from tests.integration.crowd import Watcher, crowd, gaps, lane, port_of, until
 from tests.integration.events import bid, fresh_id, started
+from tests.integration.own_role import OwnRole
 from tests.integration.records import records_of
 from tests.integration.test_first_light import now_of
-from tests.live import DEADLINE_S, SCRIPT, LiveStack
+from tests.live import DEADLINE_S, LiveStack
 from tests.live import until as polled
 from tests.topologies import SERVICE, Member, SentinelGroup, stopping
 from tests.topologies import until as answered
@@ -43,6 +43,7 @@ BIDS: Final = 20
 """So many acknowledgements say that bids are taken again."""
 NO_EXTENSION: Final = {"AUCTION_TIMER_OUTAGE_EXTENSION_MS": "0"}
 """What is judged here is the end that was told, and not the time that is given back after an outage."""
+NEW: Final[dict[str, Any]] = {"INSTANCE": "newcomer", "DRAIN_MS": 0, "OUTAGE_EXTENSION_MS": 0}
 REPLICATED: Final = {"AUCTION_TIMER_DURABILITY": "replicated", "AUCTION_TIMER_DRAIN_MS": "0"} | NO_EXTENSION
 REFUSED: Final = b"-ERR max number of clients reached\r\n"
 DISK_BYTES: Final = 8 * 1024 * 1024
@@ -80,41 +81,6 @@ def assert_closed_once(stack: LiveStack, auction_id: str, ends_at: int) -> None:
     assert close["recorded_at"] >= ends_at
 
 
-class Newcomer:
-    """A role that is started by itself against the server of a running stack."""
-
-    def __init__(self, stack: LiveStack, role: str, *options: str, fd: int | None = None) -> None:
-        self._log = stack.data_dir.parent / f"new-{role}.log"
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("AUCTION_TIMER_")}
-        settings = {
-            "AUCTION_TIMER_REDIS_URL": f"unix://{stack.data_dir / 'valkey.sock'}",
-            "AUCTION_TIMER_DATA_DIR": str(stack.data_dir),
-            "AUCTION_TIMER_INSTANCE": f"new-{role}",
-            "AUCTION_TIMER_DRAIN_MS": "0",
-        }
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*SCRIPT, role, "--parent", str(os.getpid()), *options],
-                cwd=stack.data_dir.parent,
-                env=clean | NO_EXTENSION | settings,
-                pass_fds=() if fd is None else (fd,),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def logged(self) -> str:
-        """Everything it has said."""
-        return self._log.read_text(errors="replace")
-
-    def __enter__(self) -> "Newcomer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(DEADLINE_S)
-
-
 @contextlib.contextmanager
 def full_house(path: Path) -> Iterator[None]:
     """The server at a socket takes no client but those it has."""
@@ -148,8 +114,8 @@ async def test_a_server_that_takes_no_more_clients_stops_nobody_it_has(short_tmp
                 with full_house(door):
                     assert first_word_of(door) == REFUSED
                     fd = listener.fileno()
-                    engine = newcomers.enter_context(Newcomer(stack, "engine"))
-                    gateway = newcomers.enter_context(Newcomer(stack, "gateway", "--fd", str(fd), fd=fd))
+                    engine = newcomers.enter_context(OwnRole(stack, "engine", **NEW))
+                    gateway = newcomers.enter_context(OwnRole(stack, "gateway", "--fd", str(fd), fds=(fd,), **NEW))
                     (placed,) = await asyncio.to_thread(stack.post, bid(auction_id))
                     assert placed["status"] == "accepted"
                     await until(lambda: watcher.is_over, "the close is announced", [watcher])

@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.crowd import Watcher, crowd, gaps, lane, port_of, summary, until
 from tests.integration.events import bid, fresh_id, started
-from tests.integration.own_gateway import OwnGateway
+from tests.integration.own_role import OwnGateway
 from tests.live import LiveStack, alive
 from tests.live import until as polled
 

@@ -23,7 +23,7 @@ from engine.contract.timers import checksum, from_fields
 from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
 from tests.integration.events import bid, fresh_id, started
-from tests.integration.own_engine import OwnEngine
+from tests.integration.own_role import OwnRole
 from tests.integration.records import SHARDS, facts_of, keys_of, records_of, stream
 from tests.integration.test_first_light import now_of, socket_url
 from tests.live import SCRIPT, LiveStack, until
@@ -440,7 +440,7 @@ def test_a_takeover_is_written_down_without_a_pass(short_tmp: Path) -> None:
     stack = LiveStack(short_tmp, env={"AUCTION_TIMER_RECONCILE_INTERVAL_MS": "3600000"})
     try:
         (first,) = stack.pids("engine")
-        with OwnEngine(stack, INSTANCE="other"):
+        with OwnRole(stack, "engine", INSTANCE="other"):
             leases = [ShardKeys.of(shard).lease for shard in range(SHARDS)]
 
             def held() -> list[int]:

@@ -54,12 +54,18 @@ async def test_the_date_of_a_replica_that_is_promoted_is_off(ahead_s: int, tmp_p
     date = Date(tmp_path, "replicas")
     date.set(ahead_s)
     with stopping(SentinelGroup(replica_env=date.env)) as group:
-        env = {"AUCTION_TIMER_REDIS_URL": group.url, "AUCTION_TIMER_DURABILITY": "replicated", "AUCTION_TIMER_DRAIN_MS": "0"}
+        env = {
+            "AUCTION_TIMER_REDIS_URL": group.url,
+            "AUCTION_TIMER_DURABILITY": "replicated",
+            "AUCTION_TIMER_DRAIN_MS": "0",
+        }
         stack = Stack(short_tmp, env=env)
         try:
             await until(lambda: len(stated(group)) == 3, "every process has stated its clock")
             before = stated(group)
-            await until(lambda: all(clock["at"] > before[name]["at"] for name, clock in stated(group).items()), "and again")
+            await until(
+                lambda: all(clock["at"] > before[name]["at"] for name, clock in stated(group).items()), "and again"
+            )
             sales = [Sale(stack, ends_in_s) for ends_in_s in ENDS_IN_S]
             for sale in sales:
                 await until(sale.is_known, f"{sale.auction_id} runs")
@@ -69,8 +75,12 @@ async def test_the_date_of_a_replica_that_is_promoted_is_off(ahead_s: int, tmp_p
             await asyncio.gather(*selling)
             for sale in sales:
                 await sale.judge(LATE_MS)
-            await until(lambda: all(abs(offset + ahead_s * 1_000) <= BOUND_MS for offset in offsets(group)), "corrected")
-            await until(lambda: {clock["verdict"] for clock in stated(group).values()} == {"none"}, "all clocks agree again")
+            await until(
+                lambda: all(abs(offset + ahead_s * 1_000) <= BOUND_MS for offset in offsets(group)), "corrected"
+            )
+            await until(
+                lambda: {clock["verdict"] for clock in stated(group).values()} == {"none"}, "all clocks agree again"
+            )
             print("closed after ms:", [round(sale.closes[0]) for sale in sales], "offsets", offsets(group))
         finally:
             stack.stop()

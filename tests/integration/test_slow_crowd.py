@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.crowd import Watcher, behind, crowd, gaps, lane, until
 from tests.integration.events import bid, fresh_id, started
-from tests.integration.own_gateway import OwnGateway
+from tests.integration.own_role import OwnGateway
 from tests.live import LiveStack
 
 pytestmark = pytest.mark.integration
