@@ -453,6 +453,8 @@ def check_config() -> None:
             value = "***"
         elif name == "webhook_url" and value:
             value = "***"  # of some services the path is the secret
+        elif name == "jwks_url" and value:
+            value = logs.without_query(value)
         elif name.endswith("_url") and value:
             value = logs.without_secrets(value)
         typer.echo(f"{name} = {value}")

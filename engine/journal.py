@@ -375,6 +375,7 @@ class Journal:
                 trace_id=trace_id,
                 correlation_id=correlation_id,
                 recorded_at=self.now,
+                submitted_by=context.submitted_by if context else None,
             )
         )
         if not decision.after.status.is_public:

@@ -44,3 +44,9 @@ def without_secrets(url: str) -> str:
     userinfo, at, host = parts.netloc.rpartition("@")
     shown = urlunsplit(parts._replace(netloc=f"***@{host}")) if at and userinfo else url
     return re.sub("(?<=username=|password=)[^&]*", "***", shown)
+
+
+def without_query(url: str) -> str:
+    """As `without_secrets`, for a URL of somebody's service, where every value of the query may be a key or a signature."""
+    shown, mark, _ = without_secrets(url).partition("?")
+    return f"{shown}?***" if mark else shown

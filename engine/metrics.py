@@ -95,5 +95,7 @@ class EngineMetrics:
     def offer_cancellation(self, outcome: str) -> None:
         """Count a request to cancel an offer: `completed`, or the code of its refusal."""
         self._offer_cancellations[outcome.lower()].inc()
+        if outcome == "ALREADY_CANCELLED":
+            return  # asked again for what was done: neither a success nor a failure
         self._offer_outcomes.append(outcome == "completed")
         self._offer_success.set(sum(self._offer_outcomes) / len(self._offer_outcomes))

@@ -65,7 +65,7 @@ PAGES_SEND: Final = (
     "Traceparent",
     "X-Correlation-Id",
 )
-PAGES_READ: Final = ("ETag", "Location", "Retry-After", "X-Correlation-Id")
+PAGES_READ: Final = ("ETag", "Location", "Next-Poll-Ms", "Retry-After", "X-Correlation-Id")
 
 log = structlog.get_logger()
 
@@ -90,15 +90,25 @@ class Correlate:
                 message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
             await send(message)
 
-        reads_only = scope["method"] in {"GET", "HEAD", "OPTIONS"}
-        if not reads_only and not self._origins.admits(headers.get(b"origin"), headers.get(b"host")):
-            refused = Problem(
-                ProblemType.FOREIGN_ORIGIN,
-                "pages of this origin may not send events; name it in AUCTION_TIMER_ALLOWED_ORIGINS if they should",
-            )
+        refused = self._refused(scope["method"], headers.get(b"origin"), headers.get(b"host"))
+        if refused is not None:
             await problem_response(refused, correlation_id)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
+
+    def _refused(self, method: str, origin: str | None, host: str | None) -> Problem | None:
+        if not self._origins.answers_to(host):
+            return Problem(
+                ProblemType.FOREIGN_ORIGIN,
+                "without tokens this gateway answers to names of this machine only; let the proxy in front pass on "
+                f"Host: 127.0.0.1, or name the origin of {str(host)[:128]!r} in AUCTION_TIMER_ALLOWED_ORIGINS",
+            )
+        if method not in {"GET", "HEAD", "OPTIONS"} and not self._origins.admits(origin, host):
+            return Problem(
+                ProblemType.FOREIGN_ORIGIN,
+                "pages of this origin may not send events; name it in AUCTION_TIMER_ALLOWED_ORIGINS if they should",
+            )
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +178,8 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
     app.router.redirect_slashes = False  # it would send a client to whatever host the request names
     app.add_middleware(Authenticate, tokens=tokens)
     app.add_middleware(Admit, admission=door.admission)
-    app.add_middleware(Correlate, origins=door.origins)
     if settings.allowed_origins:
-        # Outermost: a preflight carries no token, and no page reads an answer that does not name its origin.
+        # Outside of the rest: a preflight carries no token, and no page reads an answer that does not name its origin.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=sorted(door.origins.allowed - {"*"}),
@@ -178,6 +187,7 @@ def build(store: RedisStore, clock: Clock, settings: Settings, registry: Collect
             allow_headers=PAGES_SEND,
             expose_headers=PAGES_READ,
         )
+    app.add_middleware(Correlate, origins=door.origins)
     gateway = Gateway(
         auction_clock,
         ClockSync(auction_clock, store.time_us, board=board, judged=metrics.clock.count),

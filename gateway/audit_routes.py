@@ -13,7 +13,7 @@ from engine.contract.keys import shard_of
 from engine.store.archive import ArchiveUnavailableError
 from engine.store.audit_reader import AuditReader
 from engine.store.protocol import StoreError
-from gateway.auth import Scope, party, principal_of
+from gateway.auth import Scope, parties, principal_of
 from gateway.command_routes import CommandRoutes, away, json_response, unknown_auction
 from gateway.problems import unavailable
 from gateway.queries import integer_of, limit_of
@@ -68,5 +68,5 @@ class AuditRoutes:
         principal = principal_of(request)
         if AUCTION_ID.fullmatch(auction_id) and principal.may(Scope.OPS):
             return
-        if record is None or party(principal, record.auction.registered.offer) != "owner":
+        if record is None or "owner" not in parties(principal, record.auction.registered.offer):
             raise unknown_auction(auction_id)

@@ -1,14 +1,15 @@
 """Who calls, and what they may do.
 
 A caller is a `Principal`: a subject with scopes and roles. Scopes open a route (`require`), and stand for the whole
-deployment. What somebody may do with one auction follows from the facts that were registered with it (`party`): its owner,
+deployment. What somebody may do with one auction follows from the facts that were registered with it (`parties`): its owner,
 its maker, the maker's delegates and its buyer are named there by the same ids that tokens carry as `sub`.
 
-    Authorization: Bearer … ──▶ Tokens.verify ──▶ Principal ──▶ require(scope) · may_see(offer) · actor_of(offer)
+    Authorization: Bearer … ──▶ Tokens.verify ──▶ Principal ──▶ require(scope) · parties(offer) · actor_of(parties)
 
 In open mode (no secret, no keys) nobody is asked, and everybody is `LOCAL`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal
@@ -104,35 +105,29 @@ def require(request: Request, scope: Scope) -> Principal:
     return principal
 
 
-def party(principal: Principal, offer: Offer) -> Party | None:
-    """What a caller is to an auction, by the facts registered with it; None for a stranger.
+def parties(principal: Principal, offer: Offer) -> list[Party]:
+    """Everything that a caller is to an auction, by the facts registered with it and by the token; nothing for a stranger.
 
-    By subject first: who is the buyer acts as the buyer, whatever else the token allows.
+    By subject first: who is the buyer acts as the buyer, whatever else the token allows, wherever a buyer may act. One person
+    may be several of them: somebody who sells their own things is owner and maker.
     """
+    found: list[Party] = []
     if not principal.is_local:
         subject = principal.subject
-        if subject == offer.owner_id:
-            return "owner"
-        if subject == offer.buyer_id:
-            return Role.BUYER
-        if subject == offer.maker_id:
-            return Role.MAKER
-        if subject in offer.maker_delegate_ids:
-            return Role.MAKER_DELEGATE
+        named: dict[Party, bool] = {
+            "owner": subject == offer.owner_id,
+            Role.BUYER: subject == offer.buyer_id,
+            Role.MAKER: subject == offer.maker_id,
+            Role.MAKER_DELEGATE: subject in offer.maker_delegate_ids,
+        }
+        found += [relation for relation, is_it in named.items() if is_it]
     if principal.has(Role.COMMERCE_ADMIN):
-        return Role.COMMERCE_ADMIN
+        found.append(Role.COMMERCE_ADMIN)
     if principal.has(Role.OPERATOR) or principal.may(Scope.OPS):
-        return Role.OPERATOR
-    return None
+        found.append(Role.OPERATOR)
+    return found
 
 
-def may_see(principal: Principal, offer: Offer) -> bool:
-    """Whether the owner-scoped routes know this auction for a caller. If not, the answer is that of an unknown auction."""
-    return party(principal, offer) is not None
-
-
-def actor_of(principal: Principal, offer: Offer) -> Actor:
-    """Who the records name for what a caller does to an auction; a stranger with a scope is a `service`."""
-    if principal.is_local:
-        return ANONYMOUS
-    return Actor(str(party(principal, offer) or ANONYMOUS.type), principal.subject)
+def actor_of(principal: Principal, acting_as: Sequence[Party]) -> Actor:
+    """Who the records name for what a caller does: the first of the `parties` that may do it."""
+    return ANONYMOUS if principal.is_local else Actor(str(acting_as[0]), principal.subject)

@@ -16,10 +16,9 @@ from engine.contract.cursors import Cursor
 from engine.contract.intake import AUCTION_ID, Actor, EventType
 from engine.contract.keys import shard_of
 from engine.contract.timers import CorruptTimerError, TimerRecord, UnsealedTimerError, as_of
-from engine.domain.auction import Offer
 from engine.domain.events import Cancel, InputEvent, Pause, Resume
 from engine.store.protocol import StoreError, ViewStore
-from gateway.auth import Principal, Role, Scope, actor_of, party, principal_of, require
+from gateway.auth import Principal, Role, Scope, actor_of, parties, principal_of, require
 from gateway.bodies import read_body
 from gateway.commands import COMMAND_ID, Commands, shard_in
 from gateway.events import ActorInput, Reason, SaidReason, trace_id_of
@@ -75,9 +74,11 @@ class CommandRoutes:
         body = await read_body(request, CancelBody)
         record = await self.record(request.path_params["auction_id"])
         offer = record.auction.registered.offer if record else None
-        if record is None or offer is None or not _may_cancel(principal, offer):
+        # Everyone who may see the auction may cancel it, but its buyer as such, who has the offer to cancel.
+        acting_as = [relation for relation in parties(principal, offer) if relation is not Role.BUYER] if offer else []
+        if record is None or not acting_as:
             raise unknown_auction(request.path_params["auction_id"])
-        actor = _actor(principal, body.actor, actor_of(principal, offer))
+        actor = _actor(principal, body.actor, actor_of(principal, acting_as))
         return await self._ask(request, record, EventType.CANCEL_REQUESTED, Cancel(body.reason), actor)
 
     async def pause(self, request: Request) -> Response:
@@ -94,7 +95,7 @@ class CommandRoutes:
         record = await self.record(request.path_params["auction_id"])
         if record is None:
             raise unknown_auction(request.path_params["auction_id"])
-        actor = _actor(principal, body.actor, actor_of(principal, record.auction.registered.offer))
+        actor = _actor(principal, body.actor, actor_of(principal, [Role.OPERATOR]))
         return await self._ask(request, record, event_type, event(body.reason), actor)
 
     async def record(self, auction_id: str) -> TimerRecord | None:
@@ -174,14 +175,6 @@ class CommandRoutes:
         if parked is not None:
             return as_command(command_id, parked) | {"outcome": "IN_TROUBLESHOOTING_QUEUE"}
         return None if body is None else _outcome_in(body)
-
-
-def _may_cancel(principal: Principal, offer: Offer) -> bool:
-    """Everyone who may see the auction but its buyer, who has the offer to cancel; unless a role or scope says more."""
-    relation = party(principal, offer)
-    if relation is not Role.BUYER:
-        return relation is not None
-    return principal.may(Scope.OPS) or principal.has(Role.OPERATOR) or principal.has(Role.COMMERCE_ADMIN)
 
 
 def _may_know(principal: Principal, outcome: dict[str, Any]) -> bool:

@@ -53,7 +53,6 @@ class Commands:
         actor: Actor,
         correlation_id: str,
         trace_id: str,
-        by_operator: bool = False,
     ) -> tuple[str, dict[str, Any] | None]:
         """Append a command and wait for its answer: the command id, and the answer or None if there is none yet.
 
@@ -79,7 +78,7 @@ class Commands:
         draft = Draft(command_id, intake.encode(IntakeEvent(context, event, auction_id)))
         answer = self._waiting[command_id] = asyncio.get_running_loop().create_future()
         try:
-            await self._append(shard, draft, by_operator)
+            await self._append(shard, draft)
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 return command_id, await answer
         except TimeoutError:
@@ -87,9 +86,9 @@ class Commands:
         finally:
             del self._waiting[command_id]
 
-    async def _append(self, shard: int, draft: Draft, by_operator: bool) -> None:
+    async def _append(self, shard: int, draft: Draft) -> None:
         try:
-            await self._store.append(shard, [draft], self._clock.now_ms(), draft.event_id, by_operator=by_operator)
+            await self._store.append(shard, [draft], self._clock.now_ms(), draft.event_id, urgent=True)
         except IntakeFullError as error:
             raise Problem(ProblemType.INTAKE_FULL, str(error), headers={"Retry-After": RETRY_AFTER_S}) from None
         except StoreError:

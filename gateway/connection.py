@@ -75,6 +75,7 @@ class Connection(asyncio.Protocol):
         "_tick",
         "_uvicorn_connections",
         "address",
+        "correlation_id",
         "door",
         "lagging_since_ns",
         "last_heard_ns",
@@ -90,6 +91,7 @@ class Connection(asyncio.Protocol):
         self.door: Door = app_state["door"]
         self.ws = ServerProtocol(max_size=CLIENT_FRAME_BYTES_MAX, select_subprotocol=_subprotocol)
         self.principal = LOCAL
+        self.correlation_id = ""
         self.room: Room | None = None
         self.address = ""
         self.last_heard_ns = self.door.now_ns()
@@ -244,9 +246,9 @@ class Connection(asyncio.Protocol):
 
     def _accept(self, request: Request, entrance: Entrance) -> None:
         response = self.ws.accept(request)
+        self.correlation_id = response.headers[HEADER] = _correlation_id(request)
         if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
             response.headers["Sec-WebSocket-Version"] = "13"  # RFC 6455, section 4.4: what would have been understood
-            response.headers[HEADER] = _correlation_id(request)
         self.ws.send_response(response)
         self._flush()
         if self.ws.state is not State.OPEN:
@@ -331,7 +333,7 @@ class Connection(asyncio.Protocol):
             return
         if sync.get("drift_ms") is not None:
             self.door.metrics.drift_ms["client"].observe(abs(sync["drift_ms"]))
-            self.door.on_drift(room, sync["drift_ms"], sync.get("rtt_ms"), self.principal)
+            self.door.on_drift(room, sync["drift_ms"], sync.get("rtt_ms"), self.principal, self.correlation_id)
         self._say(room, {"type": "sync", "t0": sync["t0"], "t1": received_at, "t2": self.door.hub.clock.now_ms()})
 
     def _complain(self, room: Room, fault: str) -> None:

@@ -62,7 +62,9 @@ class Door:
         self.admission = Admission(settings, clock)
         self.outbox_bytes_max = settings.outbox_bytes_max
         self.outbox_age_max_ms = settings.outbox_age_max_ms
-        self.origins = OriginRule(settings.allowed_origins, loopback_only=settings.is_loopback)
+        self.origins = OriginRule(
+            settings.allowed_origins, loopback_only=settings.is_loopback, is_open=not settings.wants_tokens
+        )
         self._settings = settings
         self._clock = clock
         self._connections: set[Connection] = set()
@@ -72,8 +74,8 @@ class Door:
         self._farewells: set[Room] = set()
         self._looked_ns = self.now_ns()
         self.draining = False
-        self.on_drift: Callable[[Room, float, float | None, Principal], None] = lambda *_reported: None
-        """Told what a socket reports of its clock: room, drift and round trip in ms, who."""
+        self.on_drift: Callable[[Room, float, float | None, Principal, str], None] = lambda *_reported: None
+        """Told what a socket reports of its clock: room, drift and round trip in ms, who, and the correlation id."""
         hub.on_over = self.on_over
 
     def now_ns(self) -> int:

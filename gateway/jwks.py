@@ -17,7 +17,7 @@ from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import ECKey, JWKRegistry, Key, OKPKey, RSAKey
 
 from engine.clock import Clock, MonotonicNs
-from engine.logs import without_secrets
+from engine.logs import without_query
 
 REFRESH_EVERY_S: Final = 300.0
 """How long a withdrawn key is still accepted. Raising it asks the issuer less often; lowering it forgets keys sooner."""
@@ -80,7 +80,7 @@ class UrlSource:
         self._verify = httpx.create_ssl_context(trust_env=False) if url.startswith("https:") else False
 
     def __str__(self) -> str:
-        return without_secrets(self._url)
+        return without_query(self._url)
 
     async def read(self) -> bytes:
         try:

@@ -16,6 +16,7 @@ from engine.contract.audit import as_json
 from engine.contract.intake import CommandType
 from engine.contract.keys import shard_of
 from engine.contract.timers import TimerRecord
+from engine.domain.auction import Offer
 from engine.domain.decide import Decision
 from engine.domain.events import Withdraw
 from engine.domain.fold import fold
@@ -23,7 +24,7 @@ from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from engine.domain.withdrawal import NOTE_CHARS_MAX, WithdrawalReason, window_ends_at
 from engine.store.protocol import StoreError, ViewStore
-from gateway.auth import Principal, Role, actor_of, party, principal_of
+from gateway.auth import Party, Principal, Role, actor_of, parties, principal_of
 from gateway.bodies import read_body
 from gateway.command_routes import CommandRoutes, away, json_response, pending, refuse, trace_id
 from gateway.commands import Commands
@@ -33,7 +34,7 @@ from gateway.problems import Problem, ProblemType
 
 OFFER_ID_CHARS_MAX: Final = 128
 DEVICE_CHARS_MAX: Final = 200
-MAY_CANCEL: Final = frozenset({Role.BUYER, Role.MAKER, Role.MAKER_DELEGATE, Role.COMMERCE_ADMIN})
+MAY_CANCEL: Final[frozenset[Party]] = frozenset({Role.BUYER, Role.MAKER, Role.MAKER_DELEGATE, Role.COMMERCE_ADMIN})
 REASONS: Final = [reason.value for reason in WithdrawalReason]
 
 Note = Annotated[str, Field(max_length=NOTE_CHARS_MAX, pattern=TEXT_PATTERN)]
@@ -74,7 +75,7 @@ class OfferRoutes:
         now = self.auctions.hub.clock.now_ms()
         until = window_ends_at(auction, self.default_window_minutes)
         decided = self._decided(record, now)
-        may = party(principal, auction.registered.offer) in MAY_CANCEL
+        may = bool(_acting_as(principal, auction.registered.offer))
         code = decided.refusal.code.value if decided.refusal is not None else None
         code = code if may else ProblemType.NOT_AUTHORIZED.error_code
         return json_response(
@@ -102,7 +103,8 @@ class OfferRoutes:
         body = await read_body(request, CancelOfferBody)
         record = await self._record(principal, request.path_params["offer_id"])
         auction_id, offer = record.auction.auction_id, record.auction.registered.offer
-        if party(principal, offer) not in MAY_CANCEL:
+        acting_as = _acting_as(principal, offer)
+        if not acting_as:
             raise Problem(
                 ProblemType.NOT_AUTHORIZED,
                 "an offer is cancelled by its buyer, its maker, a delegate or a commerce admin",
@@ -113,7 +115,7 @@ class OfferRoutes:
             CommandType.OFFER_CANCEL_REQUESTED,
             event,
             auction_id=auction_id,
-            actor=actor_of(principal, offer),
+            actor=actor_of(principal, acting_as),
             correlation_id=request.state.correlation_id,
             trace_id=trace_id(request),
         )
@@ -153,9 +155,14 @@ class OfferRoutes:
             raise away() from None
         # One lookup also where there is nothing to look up, so that an unknown offer takes as long as somebody else's.
         record = await self.auctions.record(bound.get(offer_id, "-"))
-        if record is None or party(principal, record.auction.registered.offer) is None:
+        if record is None or not parties(principal, record.auction.registered.offer):
             raise unknown
         return record
+
+
+def _acting_as(principal: Principal, offer: Offer) -> list[Party]:
+    """As what a caller may cancel an offer."""
+    return [relation for relation in parties(principal, offer) if relation in MAY_CANCEL]
 
 
 def _is_answer(decision: Decision) -> bool:

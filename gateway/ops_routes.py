@@ -159,7 +159,6 @@ class OpsRoutes:
             actor=actor,
             correlation_id=request.state.correlation_id,
             trace_id=trace_id(request),
-            by_operator=True,
         )
 
     async def _shard_of(self, command_id: str, shards: Sequence[int]) -> int:

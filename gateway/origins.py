@@ -15,11 +15,14 @@ class OriginRule:
     Args:
         allowed: origins that always may, such as `https://bids.example`.
         loopback_only: the gateway is bound to loopback; its own origin then has a loopback name.
+        is_open: nobody needs a token.
     """
 
-    def __init__(self, allowed: Sequence[str], *, loopback_only: bool) -> None:
+    def __init__(self, allowed: Sequence[str], *, loopback_only: bool, is_open: bool = True) -> None:
         self.allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
+        self._names = {urlsplit(origin).hostname for origin in self.allowed - {"*"}}
         self._loopback_only = loopback_only
+        self._is_open = is_open
 
     def admits(self, origin: str | None, host: str | None) -> bool:
         """Whether a request with this `Origin` and `Host` may pass. Programs send no origin, and pass."""
@@ -32,6 +35,20 @@ class OriginRule:
         if not host or parts.netloc != host.lower():
             return False
         return not self._loopback_only or _is_loopback(parts.hostname or "")
+
+    def answers_to(self, host: str | None) -> bool:
+        """Whether a request that only reads may name this `Host`.
+
+        A page that has its own name resolve to 127.0.0.1 reads what is there as its own, and sends no `Origin`. Where
+        everybody on this machine may read everything, the name is all that tells it from a program of this machine.
+        """
+        if not host or not self._loopback_only or not self._is_open:
+            return True
+        try:
+            name = urlsplit(f"//{host.lower()}").hostname or ""
+        except ValueError:
+            return False
+        return _is_loopback(name) or name in self._names
 
 
 def _is_loopback(name: str) -> bool:

@@ -15,7 +15,6 @@ from engine.contract.intake import ANONYMOUS, Actor, CommandType, Context, Intak
 from engine.store.protocol import Draft, Intake, StoreError
 from gateway.admission import TokenBucket
 from gateway.auth import Principal
-from gateway.correlation import new_correlation_id
 from gateway.door import Door
 from gateway.room import Room
 
@@ -41,16 +40,16 @@ class Resyncs:
         drift_ms: float,
         rtt_ms: float | None,
         principal: Principal,
+        correlation_id: str,
         *,
         trace_id: str | None = None,
-        correlation_id: str | None = None,
     ) -> None:
         """Take what one client measured.
 
         Args:
             drift_ms: how far the client's clock was ahead of the auction clock; negative: behind.
+            correlation_id: of the request, or of the socket's handshake.
             trace_id: of the request; None: the auction's.
-            correlation_id: of the request; None: a new one.
         """
         metrics = self._door.metrics
         if abs(drift_ms) <= DRIFT_MAX_MS:
@@ -62,7 +61,7 @@ class Resyncs:
                 event_id=f"resync-{uuid4().hex}",
                 event_type=CommandType.RESYNC_REPORTED.value,
                 trace_id=trace_id or room.timer["trace_id"],
-                correlation_id=correlation_id or new_correlation_id(),
+                correlation_id=correlation_id,
                 actor=ANONYMOUS if principal.is_local else Actor("client", principal.subject),
             )
             resync = Resync(round(drift_ms), None if rtt_ms is None else round(rtt_ms))

@@ -149,7 +149,7 @@ class ClockWatch:
         body = encode(IntakeEvent(context, CorrectClock(offset_ms, REASON, evidence), None))
         now = self._clock.now_ms()
         try:
-            (appended,) = await self._store.append(shard, [Draft(event_id, body)], now, uuid4().hex, by_operator=True)
+            (appended,) = await self._store.append(shard, [Draft(event_id, body)], now, uuid4().hex, urgent=True)
         except IntakeFullError as error:
             log.warning("clock_correction_refused", shard=shard, error=str(error))
             return

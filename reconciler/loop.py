@@ -335,7 +335,7 @@ class Reconciler:
         """Append the repair to the intake; whether it is new there."""
         try:
             (appended,) = await self._store.append(
-                repair.shard, [repair.draft], self._clock.now_ms(), uuid4().hex, by_operator=True
+                repair.shard, [repair.draft], self._clock.now_ms(), uuid4().hex, urgent=True
             )
         except IntakeFullError as error:
             log.warning("repair_refused", shard=repair.shard, auction_id=repair.auction_id, error=str(error))

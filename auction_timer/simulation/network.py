@@ -294,13 +294,13 @@ class Link:
     # What changes the store: the witness sees each effect as it happens.
 
     async def append(
-        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, urgent: bool = False
     ) -> list[Appended]:
         """See `Intake`."""
 
         def effect() -> list[Appended]:
             self._store.limits = self._limits
-            answer = at_once(self._store.append(shard, drafts, est, command_id, by_operator=by_operator))
+            answer = at_once(self._store.append(shard, drafts, est, command_id, urgent=urgent))
             self._network.witness.appended(shard, answer)
             if self._limits.attendant:
                 self._network.witness.attended(shard, est, begins=not drafts)

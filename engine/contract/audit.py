@@ -58,12 +58,18 @@ def record(
     trace_id: str,
     correlation_id: str,
     recorded_at: EpochMs,
+    submitted_by: str | None = None,
 ) -> dict[str, str]:
-    """The audit record of a decision that has a fact, not yet chained (fields of requirement R26, and our own)."""
+    """The audit record of a decision that has a fact, not yet chained (fields of requirement R26, and our own).
+
+    `submitted_by` is whose token an event came with: it is recorded where that is somebody else than the event names.
+    """
     assert decision.fact is not None
     before, after = decision.before.status, decision.after.status
     kept = _kept(decision)
     details: Mapping[str, object] = decision.details | kept if kept else decision.details
+    if submitted_by is not None and submitted_by != actor.id:
+        details = {**details, "submitted_by": submitted_by}
     return {
         "event_type": decision.fact.value,
         "auction_id": decision.after.auction_id,

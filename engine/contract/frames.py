@@ -15,6 +15,7 @@ from engine.contract.timers import TimerRecord, timer
 from engine.contract.values import unguarded
 from engine.domain.decide import Decision, Fact
 from engine.domain.instants import EpochMs
+from engine.domain.lifecycle import Status
 from engine.domain.withdrawal import is_high_value
 
 TIMER_STARTED: Final = "timer.started"
@@ -103,6 +104,10 @@ def announce(
     if fact is not None and (frame := _FRAME_OF.get(fact)) is not None:
         added = {name: decision.details.get(name) for name in _ADDED.get(fact, ())}
         updates.append(_update(frame, record, head, added, {"timer": timer(record, now, None)}))
+    if fact is Fact.REGISTERED and record.auction.status is Status.CANCELLED:
+        # Its cancellation came first, and could be told of nothing that anybody had heard of.
+        added = {"reason": record.auction.reason}
+        updates.append(_update(TIMER_CANCELLED, record, head, added, {"timer": timer(record, now, None)}))
     if fact is Fact.STARTED:
         updates.append(_update(ANALYTICS_STARTED, record, head))
     if fact is Fact.OFFER_CANCELLED:

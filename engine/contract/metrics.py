@@ -135,7 +135,8 @@ OFFER_CANCELLATIONS: Final = Metric(
 OFFER_CANCELLATION_SUCCESS: Final = Metric(
     "offers_cancellation_success_rate",
     Kind.GAUGE,
-    "Share of the requests to cancel an offer that were completed, 0 to 1, of the last 1,000; 1 before the first.",
+    "Share of the requests to cancel an offer that were completed, 0 to 1, of the last 1,000 that were no repetition of one; "
+    "1 before the first.",
     "Below 0.95: look at offers_cancellation_total by outcome, then at the makers' modification windows.",
 )
 CONNECTIONS: Final = Metric(

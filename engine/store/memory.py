@@ -167,7 +167,7 @@ class MemoryStore:
         return memory
 
     async def append(
-        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, urgent: bool = False
     ) -> list[Appended]:
         names = _names_of(shard)
         memory = self._require(shard, names.cursor, names.events)
@@ -188,7 +188,7 @@ class MemoryStore:
                 continue
             if not added and held + len(drafts) - n > self._intake_max:
                 raise IntakeFullError(f"the intake of shard {shard} holds {held} entries, its bound")
-            if not added and not by_operator and troubled:
+            if not added and not urgent and troubled:
                 raise IntakeFullError(f"shard {shard} has as many commands in troubleshooting as it may")
             memory.events.append(Entry(memory.next_id(), at, draft.event_id, draft.body))
             memory.seen |= dict.fromkeys(seen_ids, (at, f"{n} {command_id}", draft.subject))

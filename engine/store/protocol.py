@@ -513,7 +513,7 @@ class ReconcilerStore(AuditStore, ClockStore, Protocol):
         ...
 
     async def append(
-        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, urgent: bool = False
     ) -> list[Appended]:
         """See `Intake`."""
         ...
@@ -531,7 +531,7 @@ class Intake(Protocol):
     """The producers' side."""
 
     async def append(
-        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, urgent: bool = False
     ) -> list[Appended]:
         """Append events in order, in one atomic step, and stamp their arrival.
 
@@ -545,7 +545,8 @@ class Intake(Protocol):
         event of its own.
 
         Raises:
-            IntakeFullError: the shard's backlog is at its bound, or its troubleshooting is, which does not hinder operators.
+            IntakeFullError: the shard's backlog is at its bound, or its troubleshooting is, which hinders nothing `urgent`:
+                commands of people and of ours, which name what is known and hardly ever end there.
             KeyDamagedError: there is no intake to append to, or no cursor to stamp by.
             StoreUnavailableError: no answer in time; repeat with the same `command_id`.
         """

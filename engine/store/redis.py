@@ -217,7 +217,7 @@ class RedisStore:
     # The producers' side.
 
     async def append(
-        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, by_operator: bool = False
+        self, shard: int, drafts: Sequence[Draft], est: EpochMs, command_id: str, *, urgent: bool = False
     ) -> list[Appended]:
         names = self._keys(shard)
         key_names = [names.events, names.cursor, names.parked, names.attendance]
@@ -225,7 +225,7 @@ class RedisStore:
         args: list[str | bytes | int] = [
             est, limits.stamp_bound_ms, command_id, limits.seen_ms, limits.intake_max,
             limits.troubleshooting_max,
-            limits.attendant, limits.outage_ms, limits.outage_extension_ms, int(by_operator), len(drafts),
+            limits.attendant, limits.outage_ms, limits.outage_extension_ms, int(urgent), len(drafts),
         ]  # fmt: skip
         for draft in drafts:
             # No event id has a space: beside the mark of another event of this id there is room for one per subject.

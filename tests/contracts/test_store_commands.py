@@ -111,13 +111,13 @@ async def test_a_full_troubleshooting_does_not_refuse_operators(bench: Bench) ->
     await commit(bench, park("c-1"))
     with pytest.raises(IntakeFullError):
         await tight.append(0, [Draft("e-0", b"")], bench.now(), "call-0")
-    (order,) = await tight.append(0, [Draft("order-1", b"")], bench.now(), "call-1", by_operator=True)
+    (order,) = await tight.append(0, [Draft("order-1", b"")], bench.now(), "call-1", urgent=True)
     assert order.accepted
     await commit(bench, Unpark("c-1"))
     (appended,) = await tight.append(0, [Draft("e-1", b"")], bench.now(), "call-2")
     assert appended.accepted
     with pytest.raises(IntakeFullError):
-        await bench.with_intake_max(2).append(0, [Draft("order-2", b"")], bench.now(), "call-3", by_operator=True)
+        await bench.with_intake_max(2).append(0, [Draft("order-2", b"")], bench.now(), "call-3", urgent=True)
 
 
 @pytest.mark.requirement("R2")

@@ -85,7 +85,7 @@ async def test_an_edited_version_is_named(bench: Bench, found: str, said: int | 
 
 
 async def beat(
-    bench: Bench, by_ms: int, *drafts: Draft, limits: StoreLimits = LIMITS, store: Any = None, by_operator: bool = False
+    bench: Bench, by_ms: int, *drafts: Draft, limits: StoreLimits = LIMITS, store: Any = None, urgent: bool = False
 ) -> EpochMs:
     """A gateway writes `by_ms` from now; the stamp it got."""
     store = store or bench.store
@@ -93,7 +93,7 @@ async def beat(
     await bench.shift_authority(0, by_ms)
     try:
         est = EpochMs(bench.now() + by_ms)
-        await store.append(0, list(drafts), est, f"beat-{by_ms}-{len(drafts)}", by_operator=by_operator)
+        await store.append(0, list(drafts), est, f"beat-{by_ms}-{len(drafts)}", urgent=urgent)
     finally:
         store.limits = before
     return EpochMs(bench.now() + by_ms)
@@ -164,11 +164,11 @@ async def test_who_would_be_refused_does_not_count_as_there(bench: Bench, full: 
     limits = replace(tight.limits, attendant="gateway-1", outage_extension_ms=120_000)
     await beat(bench, 2_000, store=tight, limits=limits)
     await beat(bench, 4_000, draft("first"), store=tight, limits=limits)
-    for by_operator in (False, True) if full == "intake" else (False,):
+    for urgent in (False, True) if full == "intake" else (False,):
         with pytest.raises(IntakeFullError):
-            await beat(bench, 6_000, draft("second"), store=tight, limits=limits, by_operator=by_operator)
+            await beat(bench, 6_000, draft("second"), store=tight, limits=limits, urgent=urgent)
     if full == "troubleshooting":
-        await beat(bench, 6_500, draft("order"), store=tight, limits=limits, by_operator=True)
+        await beat(bench, 6_500, draft("order"), store=tight, limits=limits, urgent=True)
     await beat(bench, 7_000, store=tight, limits=limits)
     assert "outage" not in [entry.event_id[:6] for entry in await intake(bench)]
     await beat(bench, 8_000)

@@ -85,3 +85,14 @@ def test_every_label_is_there_from_the_start() -> None:
         assert registry.get_sample_value("auctions_intake_applied_total", {"outcome": outcome}) == 0
     assert registry.get_sample_value("auctions_timer_drift_ms_count", {"source": "engine"}) == 0
     assert registry.get_sample_value("auctions_timer_early_closes_total") == 0
+
+
+@pytest.mark.requirement("R23")
+def test_the_success_rate_is_that_of_first_requests() -> None:
+    """Asking again for what was done is counted, and is no failure: a double click does not raise an alert."""
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    for outcome in ("completed", *["ALREADY_CANCELLED"] * 99, "completed", "completed", "WINDOW_EXPIRED"):
+        metrics.offer_cancellation(outcome)
+    assert registry.get_sample_value("offers_cancellation_success_rate") == 0.75
+    assert registry.get_sample_value("offers_cancellation_total", {"outcome": "already_cancelled"}) == 99

@@ -104,12 +104,12 @@ class Stage:
                     await self.link.commands.xadd(ShardKeys.of(shard).events, {"surprise": event})
             await self.append(shard, call)
 
-    async def append(self, shard: int, drafts: list[Draft], *, by_operator: bool = False) -> None:
+    async def append(self, shard: int, drafts: list[Draft], *, urgent: bool = False) -> None:
         """One call."""
         self.calls += 1
         if drafts:
             now = SystemClock().wall_ms()
-            appended = await self.store.append(shard, drafts, now, f"call-{self.calls}", by_operator=by_operator)
+            appended = await self.store.append(shard, drafts, now, f"call-{self.calls}", urgent=urgent)
             assert all(one.accepted for one in appended)
 
     async def applied(self) -> bool:
@@ -179,7 +179,7 @@ async def test_a_stream_with_poison_loses_and_doubles_nothing(stage: Stage) -> N
             starts = [start(name, now, now + HOUR_MS) for name in UNKNOWN if shard_of(name, SHARDS) == shard]
             await stage.append(shard, starts)
             orders = [retry(name, f"order-{name}") for name in parked if parked[name]["shard"] == shard]
-            await stage.append(shard, orders, by_operator=True)
+            await stage.append(shard, orders, urgent=True)
         await until(stage.applied, within_s=20)
     await check_retried(stage, bad, parked)
 

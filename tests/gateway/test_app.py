@@ -14,6 +14,7 @@ from gateway.app import Correlate, _end_with, _Server
 from gateway.origins import OriginRule
 from tests.gateway.front import Front, front
 from tests.gateway.house import AUCTION, record
+from tests.gateway.issuer import SECRET
 
 
 @pytest.mark.parametrize("given", ["mine-1", "!", "~" * 128, "a/b?c=d"])
@@ -45,6 +46,19 @@ async def test_pages_from_elsewhere_change_nothing(origin: str) -> None:
         assert (await made.http.get("/healthz", headers={"Origin": origin})).status_code == 200
 
 
+async def test_a_name_that_was_made_to_resolve_to_this_machine_reads_nothing() -> None:
+    """Without tokens the `Host` must be one of this machine, or that of a named origin; the answer says what to do."""
+    foreign = {"Host": "evil.example:8080"}
+    async with front(allowed_origins=["https://bids.example"]) as made:
+        for path in ("/auctions", "/ops/troubleshooting", "/metrics", "/healthz"):
+            answer = await made.http.get(path, headers=foreign)
+            assert (answer.status_code, answer.json()["error_code"]) == (403, "FOREIGN_ORIGIN")
+            assert "AUCTION_TIMER_ALLOWED_ORIGINS" in answer.json()["detail"]
+        assert (await made.http.get("/healthz", headers={"Host": "bids.example"})).status_code == 200
+    async with front(jwt_secret=SECRET) as made:
+        assert (await made.http.get("/healthz", headers=foreign)).status_code == 200
+
+
 async def test_its_own_pages_and_named_ones_may() -> None:
     """The gateway's own origin and those of the settings reach the route."""
     async with front(allowed_origins=["https://bids.example"]) as made:
@@ -64,7 +78,8 @@ async def test_a_page_of_a_named_origin_may_read_the_answers() -> None:
         assert "PUT" in preflight.headers["access-control-allow-methods"]
         answer = await made.http.get("/healthz", headers=page)
         assert answer.headers["access-control-allow-origin"] == "https://bids.example"
-        assert "ETag" in answer.headers["access-control-expose-headers"]
+        assert {"ETag", "Next-Poll-Ms"} <= set(answer.headers["access-control-expose-headers"].split(", "))
+        assert preflight.headers["x-correlation-id"].startswith("req-")
         foreign = {"Origin": "https://evil.example"}
         assert (await made.http.options("/healthz", headers=foreign | asked)).status_code == 400
         assert "access-control-allow-origin" not in (await made.http.get("/healthz", headers=foreign)).headers

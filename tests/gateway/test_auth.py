@@ -7,7 +7,7 @@ import pytest
 from engine.contract.intake import ANONYMOUS, Actor
 from engine.domain.auction import Offer
 from engine.domain.instants import EpochMs
-from gateway.auth import LOCAL, Principal, Role, Scope, actor_of, may_see, party
+from gateway.auth import LOCAL, Principal, Role, Scope, actor_of, parties
 from gateway.tokens import OPEN_PATHS
 from tests.gateway.front import front
 from tests.gateway.house import AUCTION, record
@@ -29,43 +29,53 @@ def who(subject: str, *, scopes: set[str] | None = None, roles: set[str] | None 
 
 @pytest.mark.requirement("R20", "R24")
 @pytest.mark.parametrize(
-    ("principal", "relation"),
+    ("principal", "relations"),
     [
-        (who("owner-1"), "owner"),
-        (who("buyer-1"), Role.BUYER),
-        (who("maker-1"), Role.MAKER),
-        (who("help-1"), Role.MAKER_DELEGATE),
-        (who("help-2"), Role.MAKER_DELEGATE),
-        (who(STRANGER, roles={"commerce_admin"}), Role.COMMERCE_ADMIN),
-        (who(STRANGER, roles={"operator"}), Role.OPERATOR),
-        (who(STRANGER, scopes={"ops"}), Role.OPERATOR),
-        (who("buyer-1", scopes={"ops"}, roles={"operator", "commerce_admin"}), Role.BUYER),
-        (who(STRANGER, scopes={"ops"}, roles={"commerce_admin"}), Role.COMMERCE_ADMIN),
-        (LOCAL, Role.COMMERCE_ADMIN),
-        (who(STRANGER), None),
-        (who(STRANGER, scopes={"events:write"}), None),
+        (who("owner-1"), ["owner"]),
+        (who("buyer-1"), [Role.BUYER]),
+        (who("maker-1"), [Role.MAKER]),
+        (who("help-1"), [Role.MAKER_DELEGATE]),
+        (who("help-2"), [Role.MAKER_DELEGATE]),
+        (who(STRANGER, roles={"commerce_admin"}), [Role.COMMERCE_ADMIN]),
+        (who(STRANGER, roles={"operator"}), [Role.OPERATOR]),
+        (who(STRANGER, scopes={"ops"}), [Role.OPERATOR]),
+        (
+            who("buyer-1", scopes={"ops"}, roles={"operator", "commerce_admin"}),
+            [Role.BUYER, Role.COMMERCE_ADMIN, Role.OPERATOR],
+        ),
+        (who(STRANGER, scopes={"ops"}, roles={"commerce_admin"}), [Role.COMMERCE_ADMIN, Role.OPERATOR]),
+        (LOCAL, [Role.COMMERCE_ADMIN, Role.OPERATOR]),
+        (who(STRANGER), []),
+        (who(STRANGER, scopes={"events:write"}), []),
         # A role in a token says what somebody is elsewhere; what they are here, the registration says.
-        (who(STRANGER, roles={"buyer", "maker", "maker_delegate", "owner"}), None),
-        (who("OWNER-1"), None),
-        (who("owner-1 "), None),
-        (who("o-1"), None),
+        (who(STRANGER, roles={"buyer", "maker", "maker_delegate", "owner"}), []),
+        (who("OWNER-1"), []),
+        (who("owner-1 "), []),
+        (who("o-1"), []),
     ],
 )
-def test_what_a_caller_is_to_an_auction(principal: Principal, relation: str | None) -> None:
-    """By the ids of the registration first, then by what the token allows everywhere; seeing and acting follow from it."""
-    assert party(principal, OFFER) == relation
-    assert may_see(principal, OFFER) is (relation is not None)
-    expected = ANONYMOUS if principal.is_local else Actor(str(relation or "service"), principal.subject)
-    assert actor_of(principal, OFFER) == expected
+def test_what_a_caller_is_to_an_auction(principal: Principal, relations: list[str]) -> None:
+    """By the ids of the registration first, then by what the token allows everywhere."""
+    assert parties(principal, OFFER) == relations
+
+
+@pytest.mark.requirement("R20", "R24")
+def test_one_person_may_be_several() -> None:
+    """Each relation counts, in one order; who acts is recorded as the first that may."""
+    everything = Offer(owner_id="p-1", buyer_id="p-1", maker_id="p-1", maker_delegate_ids=("p-1",))
+    found = parties(who("p-1"), everything)
+    assert found == ["owner", Role.BUYER, Role.MAKER, Role.MAKER_DELEGATE]
+    assert actor_of(who("p-1"), found) == Actor("owner", "p-1")
+    assert actor_of(who("p-1"), found[2:]) == Actor("maker", "p-1")
 
 
 @pytest.mark.requirement("R24")
 @pytest.mark.parametrize("subject", ["", "None", "null", "owner-1"])
 def test_nobody_is_anything_to_an_auction_without_facts(subject: str) -> None:
     """An offer that names nobody belongs to nobody: only admins, operators and open mode see it."""
-    assert party(who(subject), Offer()) is None
-    assert party(who(subject, scopes={"ops"}), Offer()) is Role.OPERATOR
-    assert may_see(LOCAL, Offer())
+    assert parties(who(subject), Offer()) == []
+    assert parties(who(subject, scopes={"ops"}), Offer()) == [Role.OPERATOR]
+    assert parties(LOCAL, Offer())
 
 
 def test_in_open_mode_everything_is_allowed_and_nobody_is_named() -> None:
@@ -73,7 +83,7 @@ def test_in_open_mode_everything_is_allowed_and_nobody_is_named() -> None:
     assert all(LOCAL.may(scope) for scope in Scope)
     assert all(LOCAL.has(role) for role in Role)
     assert not LOCAL.is_expired(EpochMs(10**15))
-    assert actor_of(LOCAL, OFFER) is ANONYMOUS
+    assert actor_of(LOCAL, parties(LOCAL, OFFER)) is ANONYMOUS
 
 
 def test_scopes_and_roles_are_what_the_token_says() -> None:

@@ -1,5 +1,6 @@
 """Tests for gateway.command_routes: the application in this process, with a shard at work behind it."""
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ from gateway.events import _PATTERN_REASONS, SAID_PATTERN
 from gateway.problems import Problem, ProblemType
 from tests.fakes.clock import BORN_MS
 from tests.fakes.events import bid, draft, poison, retry
-from tests.gateway.desk import CALLERS, ENDS_AT, Desk, bearing, desk, without_ids
+from tests.gateway.desk import CALLERS, ENDS_AT, OFFER, Desk, bearing, desk, without_ids
 from tests.gateway.front import front
 
 COMMANDS = ("cancel", "pause", "resume")
@@ -119,6 +120,20 @@ async def test_who_may_cancel_an_auction(caller: str, actor: str | None) -> None
         assert answer.status_code == 200, answer.text
         record = made.last_record()
         assert (record["actor_type"], record["actor_id"]) == (actor, CALLERS[caller]["sub"])
+
+
+@pytest.mark.requirement("R24")
+@pytest.mark.parametrize(
+    ("also", "actor"), [("owner_id", "owner"), ("maker_id", "maker"), ("maker_delegate_ids", "maker_delegate")]
+)
+async def test_a_buyer_who_is_more_than_that_may_cancel(also: str, actor: str) -> None:
+    """Being the buyer takes nothing away: what admits them is recorded."""
+    facts: dict[str, Any] = {also: ("buyer-1",) if also == "maker_delegate_ids" else "buyer-1"}
+    async with desk(tokens=True) as made:
+        await made.register(offer=replace(OFFER, **facts))
+        answer = await ask(made, "cancel", caller="buyer")
+        assert answer.status_code == 200, answer.text
+        assert (made.last_record()["actor_type"], made.last_record()["actor_id"]) == (actor, "buyer-1")
 
 
 @pytest.mark.requirement("R24")

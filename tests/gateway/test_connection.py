@@ -342,6 +342,18 @@ async def test_a_refusal_can_be_asked_about(case: str, given: tuple[str, ...], e
     assert said == echoed or (echoed is None and said.startswith("req-"))
 
 
+@pytest.mark.parametrize(("given", "echoed"), [((), None), (("mine-1",), "mine-1"), (("two words",), None)])
+async def test_a_socket_can_be_asked_about(given: tuple[str, ...], echoed: str | None) -> None:
+    """An accepted handshake is answered with its correlation id as every other request is."""
+    house = House()
+    house.put(record())
+    peer = Peer(house.door).knock(_with("X-Correlation-Id", *given))
+    await settled(house)
+    assert (peer.status, peer.response is not None) == (101, True)
+    said = peer.response.headers["X-Correlation-Id"]
+    assert said == echoed or (echoed is None and said.startswith("req-"))
+
+
 async def test_a_malformed_handshake_can_be_asked_about_too() -> None:
     """The library's own refusals have the id as well."""
     house = House()

@@ -271,3 +271,4 @@ async def test_a_url_without_sense_is_an_error_like_any_other() -> None:
 def test_a_password_in_the_url_is_not_shown() -> None:
     """What is logged names the place, not the way in."""
     assert str(UrlSource("http://me:s3cret@127.0.0.1/jwks")) == "http://***@127.0.0.1/jwks"
+    assert str(UrlSource("http://127.0.0.1/jwks?sig=s3cret&v=1")) == "http://127.0.0.1/jwks?***"

@@ -15,6 +15,7 @@ from engine.store.protocol import StoreUnavailableError
 from gateway import commands as commands_module
 from tests.fakes.clock import BORN_MS
 from tests.gateway.desk import CALLERS, OFFER, Desk, bearing, desk, without_ids
+from tests.gateway.issuer import token
 
 WINDOW_ENDS_AT = BORN_MS - 60_000 + 30 * MINUTE_MS
 MAY = {
@@ -159,6 +160,33 @@ async def test_who_may_cancel_an_offer(caller: str) -> None:
         ):
             assert known.status_code == unknown.status_code == 404
             assert orjson.dumps(without_ids(known)).replace(b"o-1", b"o-9") == orjson.dumps(without_ids(unknown))
+
+
+@pytest.mark.requirement("R20", "R24")
+@pytest.mark.parametrize(
+    ("also", "actor"),
+    [
+        ("maker_id", "maker"),
+        ("buyer_id", "buyer"),
+        ("maker_delegate_ids", "maker_delegate"),
+        ("roles", "commerce_admin"),
+    ],
+)
+async def test_an_owner_who_may_for_another_reason_may(also: str, actor: str) -> None:
+    """Somebody who sells their own things owns the auction and is its maker: the reason that admits them is recorded."""
+    facts: dict[str, Any] = {"maker_delegate_ids": ("p-1",)} if also == "maker_delegate_ids" else {also: "p-1"}
+    claims: dict[str, Any] = {"sub": "p-1"}
+    if also == "roles":
+        facts, claims = {}, claims | {"roles": ["commerce_admin"]}
+    headers = {"Authorization": f"Bearer {token(**claims)}"}
+    async with desk(tokens=True) as made:
+        await made.register(offer=replace(OFFER, owner_id="p-1", **facts))
+        view = await made.http.get("/offers/o-1/cancellation", headers=headers)
+        assert (view.status_code, view.json()["cancellable"]) == (200, True)
+        body = {"reason_code": "changed_mind"}
+        answer = await made.http.put("/offers/o-1/cancel", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert (made.last_record()["actor_type"], made.last_record()["actor_id"]) == (actor, "p-1")
 
 
 @pytest.mark.requirement("R24")

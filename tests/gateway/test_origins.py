@@ -63,3 +63,28 @@ def test_behind_a_proxy_the_own_name_is_any_name() -> None:
     rule = OriginRule([], loopback_only=False)
     assert rule.admits("https://bids.example", "bids.example")
     assert not rule.admits("https://evil.example", "bids.example")
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        (None, True),
+        ("", True),
+        (OWN, True),
+        ("localhost", True),
+        ("LocalHost:8080", True),
+        ("[::1]:8080", True),
+        ("bids.example:8080", True),
+        ("Bids.example", True),
+        ("evil.example:8080", False),
+        ("evil.bids.example", False),
+        ("192.0.2.1:8080", False),
+        ("[", False),
+        ("127.0.0.1@evil.example", False),
+    ],
+)
+def test_without_tokens_only_names_of_this_machine_are_answered_to(host: str | None, answered: bool) -> None:
+    """A page that has its name resolve to 127.0.0.1 reads as little as it changes; named origins do not become strangers."""
+    assert OriginRule(["https://Bids.example/", "*"], loopback_only=True).answers_to(host) is answered
+    assert OriginRule([], loopback_only=True, is_open=False).answers_to(host)
+    assert OriginRule([], loopback_only=False).answers_to(host)

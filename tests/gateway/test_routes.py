@@ -464,7 +464,7 @@ async def test_a_listed_auction_says_from_where_it_can_be_followed() -> None:
 @pytest.mark.parametrize("path", ["/healthz/", "/auctions/", f"/auctions/{AUCTION}/timer/"])
 async def test_a_slash_too_many_leads_nowhere(path: str) -> None:
     """No redirect, which would go to whatever host the request names: 404 like any other path that is none of ours."""
-    async with front() as made:
+    async with front(host="0.0.0.0", insecure=True) as made:
         answer = await made.http.get(path, headers={"Host": "elsewhere.example"})
         assert (answer.status_code, answer.json()["error_code"]) == (404, "RESOURCE_NOT_FOUND")
         assert "location" not in answer.headers

@@ -135,7 +135,7 @@ async def test_a_flood_of_reports_is_measured_whole_and_announced_in_part() -> N
     resyncs = Resyncs(house.door, house.store)
     for second in range(3):
         for _ in range(10_000):
-            resyncs.report(room, 60_000, 40, LOCAL)
+            resyncs.report(room, 60_000, 40, LOCAL, "mine-1")
         most = (second + 1) * ANNOUNCED_PER_SECOND_MAX
         await settled(house, announced=most, limited=(second + 1) * 10_000 - most)
         house.line.advance(1_000)
@@ -159,7 +159,7 @@ async def test_the_socket_follows_the_same_rules() -> None:
     async with front() as made:
         made.put(record())
         await made.http.get(f"/auctions/{AUCTION}/timer")
-        peer = Peer(made.door).knock()
+        peer = Peer(made.door).knock(lambda request: request.headers.__setitem__("X-Correlation-Id", "mine-1"))
         assert peer.status == 101
         peer.connection.principal = Principal("viewer-1", frozenset(), frozenset())
         peer.say({"type": "sync", "t0": 1, "drift_ms": 501.5, "rtt_ms": None}, {"type": "sync", "t0": 1, "drift_ms": 1})
@@ -167,7 +167,7 @@ async def test_the_socket_follows_the_same_rules() -> None:
         (event,) = reported(made)
         assert event.event == Resync(502, None)
         assert event.context.actor == Actor("client", "viewer-1")
-        assert event.context.trace_id == f"trace-{AUCTION}"
+        assert (event.context.trace_id, event.context.correlation_id) == (f"trace-{AUCTION}", "mine-1")
         assert made.sample("auctions_timer_drift_ms_count", source="client") == 2
         peer.transport.abort()
 

@@ -11,7 +11,7 @@
 --       6 bound of the commands in troubleshooting
 --       7 the gateway that calls, or "" if it is none
 --       8 how long no gateway may write before that is an outage, ms   9 by how much an outage extends, ms, or 0
---      10 1 if an operator asks: such a command is never refused for those in troubleshooting, or 0
+--      10 1 for a command of a person or of ours: it is never refused for those in troubleshooting, or 0
 --      11 number of drafts, 0 for a mere beat; then for each: event id, subject, number of its keys, body
 -- Returns {"OK", stamp, then for each draft: "accepted" or "duplicate", its arrival}
 --         {"FULL", length} or {"TROUBLED", commands in troubleshooting}, and nothing is added
@@ -22,7 +22,7 @@
 local events, cursor = KEYS[1], KEYS[2]
 local est, bound = tonumber(ARGV[1]), tonumber(ARGV[2])
 local command_id, seen_ms, length_max = ARGV[3], ARGV[4], tonumber(ARGV[5])
-local troubled_max, by_operator, drafts = tonumber(ARGV[6]), ARGV[10] == '1', tonumber(ARGV[11])
+local troubled_max, urgent, drafts = tonumber(ARGV[6]), ARGV[10] == '1', tonumber(ARGV[11])
 local attendance, attendant, outage_ms, extension_ms = KEYS[4], ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
 
 local head = redis.pcall('HMGET', cursor, 'last_at', 'offset')
@@ -94,7 +94,7 @@ for n = 1, drafts do
     if not added and length + drafts - n + 1 > length_max then
       return {'FULL', tostring(length)}
     end
-    if not added and not by_operator and troubled >= troubled_max then
+    if not added and not urgent and troubled >= troubled_max then
       return {'TROUBLED', tostring(troubled)}
     end
     redis.call('XADD', events, '*', 'at', stamp, 'id', event_id, 'body', body)

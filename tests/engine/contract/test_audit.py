@@ -171,6 +171,21 @@ def test_an_untouched_chain_verifies(records: list[Record], cut: int) -> None:
         assert verify(linked[cut:]) == 1
 
 
+@pytest.mark.requirement("R26", "B7")
+@pytest.mark.parametrize(("submitted_by", "told"), [(None, False), ("jane", False), ("bid-service", True)])
+def test_who_sent_an_event_is_told_from_whom_it_names(submitted_by: str | None, told: bool) -> None:
+    """A service may say for whom it acts; whose token it came with stands beside it, where that is somebody else."""
+    auction = IN_STATUS[Status.ACTIVE][0]
+    decision = decide(auction, Cancel("why"), IN_STATUS[Status.ACTIVE][1])
+    fields = record(
+        decision, actor=Actor("operator", "jane"), event_id="e-1", intake_id="1-0", trace_id="t", correlation_id="c",
+        recorded_at=decision.at, submitted_by=submitted_by,
+    )  # fmt: skip
+    details = orjson.loads(fields["details"])
+    assert (fields["actor_type"], fields["actor_id"], details["reason"]) == ("operator", "jane", "why")
+    assert details.get("submitted_by") == (submitted_by if told else None)
+
+
 @pytest.mark.requirement("B7")
 @settings(max_examples=100, deadline=None)
 @given(records=st.lists(contents, min_size=1, max_size=8), data=st.data())

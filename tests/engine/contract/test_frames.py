@@ -220,12 +220,16 @@ def test_what_did_not_happen_is_not_announced(decision: Decision) -> None:
 
 
 @pytest.mark.requirement("R27")
-def test_a_start_after_its_cancellation_is_not_announced() -> None:
-    """An auction that is cancelled from the beginning never says that it started."""
+def test_a_start_after_its_cancellation_announces_that_alone() -> None:
+    """An auction that is cancelled from the beginning never says that it started, but that it was cancelled."""
     tombstone, instant = IN_STATUS[Status.TOMBSTONE]
     decision = decide(tombstone, Register(registration()), instant)
     assert replace(decision.after) == CANCELLED_BEFORE_START_ARRIVED
-    assert announced(decision) == []
+    (update,) = announced(decision)
+    body = orjson.loads(update.body)
+    assert (update.type, body["timer"]["status"]) == ("timer.cancelled", "CANCELLED")
+    assert body["reason"] == CANCELLED_BEFORE_START_ARRIVED.reason
+    assert announced(decide(decision.after, Register(registration()), instant)) == []
 
 
 def withdrawn(minutes: int = 60, **offer: Any) -> Decision:
