@@ -149,16 +149,20 @@ def _placed(report: ShardReport, entry: AuditEntry) -> ShardReport:
 
 
 async def _differences(reader: AuditReader, shard: int) -> AsyncIterator[Fault]:
-    """Records that stand in the stream and otherwise in the archive."""
+    """Records that stand in the stream and otherwise in the archive, and those that are missing within the stream."""
     assert reader.store is not None
     if reader.archive is None:
         return
-    after = START
+    after, last = START, None
     while entries := await reader.store.audit_entries(shard, after, PAGE):
         after = entries[-1].stream_id
-        streamed = {seq: entry for entry in entries if (seq := seq_of(entry.fields)) is not None}
-        held = await reader.archive.at(shard, list(streamed))
-        for seq, entry in streamed.items():
+        streamed = [(seq, entry) for entry in entries if (seq := seq_of(entry.fields)) is not None]
+        held = await reader.archive.at(shard, [seq for seq, _ in streamed])
+        for seq, entry in streamed:
+            if last is not None and seq != last + 1:
+                # It is trimmed from its beginning only, and written in order.
+                yield Fault(last + 1, "", f"the stream has record {seq} behind {last} (id {entry.stream_id})")
+            last = seq
             if seq in held and held[seq] != entry:
                 names = {
                     name

@@ -39,6 +39,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from engine.clock import Clock, MonotonicNs, SystemClock
+from engine.contract.intake import COMMAND_ID_CHARS_MAX
 from engine.domain.instants import EpochMs
 from engine.domain.lifecycle import Status
 from gateway.closing import CloseCode
@@ -137,6 +138,16 @@ class UnknownAuctionError(ClientError):
             f"or look at {url}/auctions for the ids there are"
         )
         self.auction_id = auction_id
+
+
+class PendingError(ClientError):
+    """No engine has answered an order yet. It stands in the intake, and will be carried out."""
+
+    def __init__(self, url: str, command_id: str) -> None:
+        super().__init__(
+            f"no engine has answered yet: the order stands, and {url}/commands/{command_id} tells what becomes of it"
+        )
+        self.command_id = command_id
 
 
 class RefusedError(ClientError):
@@ -374,6 +385,7 @@ class Api:
 
         Raises:
             RefusedError: it is not in troubleshooting (`INVALID_OPERATION`), not known, or one of several.
+            PendingError: the order was taken, and no engine has answered.
             GatewayAwayError: as for `post_events`; it may have been sent round or not.
         """
         return await self._operate(command_id, "retry", shard, {"reason": reason, "operator": operator})
@@ -384,7 +396,7 @@ class Api:
         """Cancel a command in troubleshooting for good. With a token its subject is the operator.
 
         Raises:
-            RefusedError, GatewayAwayError: as for `retry_parked`.
+            RefusedError, PendingError, GatewayAwayError: as for `retry_parked`.
         """
         return await self._operate(command_id, "cancel", shard, {"reason": reason, "operator": operator})
 
@@ -402,10 +414,12 @@ class Api:
     async def _operate(
         self, command_id: str, what: str, shard: int | None, body: dict[str, str | None]
     ) -> dict[str, Any]:
+        if len(command_id) > COMMAND_ID_CHARS_MAX:
+            raise ClientError(f"an id has at most {COMMAND_ID_CHARS_MAX} characters, not {len(command_id)}")
         path = f"/ops/troubleshooting/{quote(command_id, safe='')}/{what}"
         response = await self._request("POST", path, json=body, params={} if shard is None else {"shard": shard})
         if response.status_code == httpx.codes.ACCEPTED:
-            raise RefusedError(response.status_code, "PENDING", "no engine has answered yet: look again in a moment")
+            raise PendingError(self.url, str(_json(response)["command_id"]))
         return _json(_ok(response))
 
     async def readyz(self) -> Readiness:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from auction_timer.client import Api, ClientError
+from auction_timer.processes import EXIT_USAGE
 from auction_timer.roles import EXIT_FAILURE, EXIT_OK, loop_factory
 
 WIDTH_PIPED: Final = 200
@@ -85,6 +86,9 @@ def _run(work: Any, *, url: str, token: str | None) -> int:
     except ClientError as error:
         print(f"auction-timer: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    except UnicodeEncodeError:
+        print("auction-timer: an argument, or USER in the environment, holds bytes that are no UTF-8", file=sys.stderr)
+        return EXIT_USAGE
 
 
 def _finish(work: Coroutine[Any, Any, T]) -> T:

@@ -14,7 +14,9 @@ import orjson
 
 from engine.contract import audit, frames
 from engine.contract.intake import (
-    BODY_BYTES_MAX,
+    COMMAND_ID_CHARS_MAX,
+    COMMAND_WITHIN,
+    PAYLOAD_WITHIN,
     SCHEDULER,
     TEXT_CHARS_MAX,
     Actor,
@@ -29,6 +31,7 @@ from engine.contract.intake import (
     Retry,
     SchemaError,
     decode,
+    readable,
 )
 from engine.contract.offers import BOUND_TO_AUCTION, CANCELLED_BEFORE_START, auction_bound_in, binding
 from engine.contract.timers import (
@@ -542,13 +545,25 @@ class Journal:
 
     def _park_poison(self, entry: Entry, error: SchemaError) -> None:
         self.poison += 1
-        self._park(None, entry, "SCHEMA_INVALID", str(error))
+        code, message = "SCHEMA_INVALID", str(error)
+        command_id, reply_to = self._park(None, entry, code, message)
+        if reply_to is not None:
+            outcome = {"outcome": IN_TROUBLESHOOTING, "command_id": command_id, "error_code": code, "error": message}
+            self._batch.operations.append(Reply(reply_to, IN_TROUBLESHOOTING, command_id, orjson.dumps(outcome)))
 
-    def _park(self, context: Context | None, entry: Entry, code: str, message: str) -> None:
-        """Keep an entry for a person, by its id; by its place in the intake if another one of that id waits already."""
+    def _park(self, context: Context | None, entry: Entry, code: str, message: str) -> tuple[str, str | None]:
+        """Keep an entry for a person, by its id; by its place in the intake if another one of that id waits already, or
+        nobody could ask for it by its own.
+
+        Returns:
+            What it is kept by, and where whoever sent it wants to be told, if anywhere.
+        """
         first_seen_at = entry.first_seen_at or entry.at or self.now
         place = f"{self._batch.shard}-{entry.stream_id}"
-        command_id = place if not entry.event_id or entry.event_id in self._parked else entry.event_id
+        own = entry.event_id
+        command_id = own if _is_addressable(own) and own not in self._parked else place
+        payload = readable(entry.body, levels_around=PAYLOAD_WITHIN)
+        reply_to = context.reply_to if context else _reply_to_in(payload)
         body = orjson.dumps(
             {
                 "command_id": command_id,
@@ -559,13 +574,14 @@ class Journal:
                 "error": message,
                 "attempts": entry.attempts + 1,
                 "first_seen_at": first_seen_at,
-                "payload": _readable(entry.body),
-                "reply_to": context.reply_to if context else None,
+                "payload": payload,
+                "reply_to": reply_to,
                 "asked_by": context.submitted_by if context else None,
             }
         )
         self._parked[command_id] = body
         self._batch.operations.append(Park(command_id, first_seen_at, body, place))
+        return command_id, reply_to
 
 
 def support_reference(command_id: str) -> str:
@@ -611,19 +627,20 @@ def _place(auction: Auction) -> Operation:
             return PlaceLive(auction.auction_id, auction.ends_at)
 
 
-def _readable(body: bytes) -> object:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return body[:BODY_BYTES_MAX].decode(errors="replace")
+def _is_addressable(event_id: str) -> bool:
+    """Whether people can ask for a command by this id: it fits into a URL, and into a line."""
+    return 0 < len(event_id) <= COMMAND_ID_CHARS_MAX and event_id.isprintable()
+
+
+def _reply_to_in(payload: object) -> str | None:
+    """Where somebody whose event cannot be read wants to be told, if that much of it can be."""
+    reply_to = payload.get("reply_to") if isinstance(payload, dict) else None
+    return reply_to if isinstance(reply_to, str) and _is_addressable(reply_to) else None
 
 
 def _command(command_id: str, body: bytes) -> dict[str, Any]:
     """A command as it was parked; whoever edited it by hand, it stays one that can be retried or cancelled."""
-    try:
-        read = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        read = None
+    read = readable(body, levels_around=COMMAND_WITHIN)
     command: dict[str, Any] = read if isinstance(read, dict) else {"payload": body.decode(errors="replace")}
     blank = {
         "event_id": None,
@@ -657,6 +674,6 @@ def _named_in(command: dict[str, Any], name: str) -> str:
 
 
 def _type_named_in(body: bytes) -> str | None:
-    payload = _readable(body)
+    payload = readable(body, levels_around=PAYLOAD_WITHIN)
     event_type = payload.get("type") if isinstance(payload, dict) else None
     return event_type[:TEXT_CHARS_MAX] if isinstance(event_type, str) else None

@@ -8,7 +8,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from gateway.events import BODY_BYTES_MAX, reason_of
+from gateway.events import BODY_BYTES_MAX, TOO_DEEP, reason_of
 from gateway.problems import Problem, ProblemType
 
 ERRORS_LISTED_MAX: Final = 20
@@ -77,6 +77,10 @@ async def read_body(request: Request, model: type[M]) -> M:
             raise Problem(ProblemType.MALFORMED_JSON, str(error)) from None
     try:
         return model.model_validate(raw)
+    except RecursionError:
+        raise Problem(
+            ProblemType.INVALID_BODY, TOO_DEEP, extra={"errors": [{"path": "", "reason": TOO_DEEP}]}
+        ) from None
     except ValidationError as error:
         faults = [
             {"path": ".".join(str(step) for step in fault["loc"]), "reason": reason_of(fault)}

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from engine.contract.audit import as_json
 from engine.contract.cursors import Cursor
-from engine.contract.intake import AUCTION_ID, Actor, EventType
+from engine.contract.intake import AUCTION_ID, COMMAND_ID_CHARS_MAX, COMMAND_WITHIN, Actor, EventType, readable
 from engine.contract.keys import shard_of
 from engine.contract.timers import CorruptTimerError, TimerRecord, UnsealedTimerError, as_of
 from engine.domain.events import Cancel, InputEvent, Pause, Resume
@@ -26,7 +26,6 @@ from gateway.hub import Hub
 from gateway.problems import RETRY_AFTER_S, Problem, ProblemType, unavailable
 from gateway.room import Room
 
-COMMAND_ID_CHARS_MAX: Final = 1_024
 PENDING: Final = "PENDING"
 """It waits in the intake."""
 PROCESSED: Final = "PROCESSED"
@@ -203,10 +202,7 @@ def _actor(principal: Principal, named: ActorInput | None, known: Actor) -> Acto
 
 def as_command(command_id: str, body: bytes) -> dict[str, Any]:
     """A command in troubleshooting as it was parked; one that somebody has spoiled since is shown as it is."""
-    try:
-        command = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        command = None
+    command = readable(body, levels_around=COMMAND_WITHIN)
     shown = command if isinstance(command, dict) else {"payload": body.decode(errors="replace")}
     return {**shown, "command_id": command_id}
 

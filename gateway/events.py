@@ -72,6 +72,7 @@ from gateway.problems import Problem, ProblemType
 
 BODY_BYTES_MAX: Final = 1_048_576
 EVENTS_MAX: Final = 500
+TOO_DEEP: Final = "is nested too deeply"
 # Past this many, a further reason for an event that is already listed is only counted. Every bad event keeps its first
 # one, so an answer lists at most EVENTS_MAX of them.
 ERRORS_LISTED_MAX: Final = 100
@@ -492,6 +493,8 @@ def parse_events(
             events.append(request.intake_event(_read_event(raw)))
         except _MalformedEventError as error:
             refused.append((index, error.faults))
+        except RecursionError:  # of a value that is named in the message, level by level
+            refused.append((index, [_Fault("", TOO_DEEP)]))
         except ValidationError as error:
             refused.append((index, [_fault(wrong) for wrong in error.errors(include_url=False, include_input=False)]))
     if refused:

@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engine.contract.intake import Actor, CommandType, Discard, Retry
+from engine.contract.intake import COMMAND_ID_CHARS_MAX, Actor, CommandType, Discard, Retry
 from engine.contract.keys import SHARDS_MAX
 from engine.store.protocol import Group, Placed, StoreError, ViewStore
 from gateway.auth import Principal, Role, Scope, require
 from gateway.bodies import read_body
-from gateway.command_routes import COMMAND_ID_CHARS_MAX, as_command, away, json_response, pending, refuse, trace_id
+from gateway.command_routes import as_command, away, json_response, pending, refuse, trace_id
 from gateway.commands import Commands
 from gateway.events import ACTOR_ID_CHARS_MAX, NAME_PATTERN, Reason, SaidReason
 from gateway.listing import Place, next_places

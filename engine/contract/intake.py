@@ -24,6 +24,12 @@ from engine.domain.withdrawal import NOTE_CHARS_MAX, WINDOW_MINUTES_MAX, Withdra
 AUCTION_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TEXT_CHARS_MAX: Final = 500
 BODY_BYTES_MAX: Final = 65_536
+COMMAND_ID_CHARS_MAX: Final = 1_024
+"""Of an id by which a command can be asked for over HTTP; producers over HTTP send shorter ones."""
+COMMAND_WITHIN: Final = 50
+"""Levels of JSON that a parked command may stand within: the answer that tells of it, and what a version to come adds."""
+PAYLOAD_WITHIN: Final = COMMAND_WITHIN + 50
+"""The same of what was sent, which stands within the parked command."""
 # Amounts are only handed on, but they cross JSON readers that hold integers as doubles.
 AMOUNT_MINOR_MAX: Final = 2**53 - 1
 DELEGATES_MAX: Final = 100
@@ -210,6 +216,22 @@ def _detail(event: InputEvent | Request) -> object:
             "offer": registration.offer,
         }
     return event
+
+
+def readable(body: bytes, *, levels_around: int) -> object:
+    """A body as JSON, if that can stand within so many levels of other JSON; else as text, of which no more is kept than a
+    body may be long.
+
+    orjson reads 1,024 levels of nesting and writes 254, so what can be read need not be what can be told.
+    """
+    try:
+        found = wrapped = orjson.loads(body)
+        for _ in range(levels_around):
+            wrapped = [wrapped]
+        orjson.dumps(wrapped)
+    except (orjson.JSONDecodeError, TypeError):
+        return body[:BODY_BYTES_MAX].decode(errors="replace")
+    return found
 
 
 def decode(event_id: str, body: bytes) -> IntakeEvent:

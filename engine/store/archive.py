@@ -395,18 +395,26 @@ def _row(shard: int, seq: int, entry: AuditEntry) -> dict[str, Any]:
 
 def _entry(row: RowMapping) -> AuditEntry:
     fields = {name: str(row[name]) for name in ("seq", *FIELDS) if row[name] is not None}
-    # A column goes first: only somebody else can have put a name of ours beside it.
-    extra = {name: value for name, value in _extra(row["extra"]).items() if name not in fields}
-    return AuditEntry(str(row["stream_id"]), fields | extra)
+    return AuditEntry(str(row["stream_id"]), fields | _extra(row["extra"], fields))
 
 
-def _extra(text: str | None) -> dict[str, str]:
+def _extra(text: str | None, columns: Mapping[str, str]) -> dict[str, str]:
+    """What stands beside the columns, if it is to the letter what `_row` writes there."""
     if text is None:
         return {}
     try:
         extra = json.loads(text)
     except ValueError:
         extra = None
-    if isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values()):
+    if (
+        isinstance(extra, dict)
+        and extra
+        and all(
+            isinstance(value, str) and _column(name, value) is None for name, value in extra.items() if name in FIELDS
+        )
+        and all(isinstance(value, str) for value in extra.values())
+        and not extra.keys() & columns.keys()
+        and json.dumps(extra) == text
+    ):
         return extra
     return {"extra": str(text)}  # somebody has changed it: no hash fits that

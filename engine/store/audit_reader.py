@@ -94,18 +94,30 @@ class AuditReader:
             return
         # Before the stream: of what the head was then, all that the stream does not show has been archived.
         head, at, behind = (await self.store.head(shard)).chain, after_seq, START
+        given: set[int] = set()
         while True:
             streamed = await self.store.audit_entries(shard, behind, PAGE)
-            numbers = [seq for entry in streamed if (seq := seq_of(entry.fields)) is not None]
-            lacking = head.seq if not streamed else numbers[0] - 1 if numbers else at
-            async for entries in self._archived(shard, at, selection, page, lacking):
-                yield entries
-            if not streamed:
-                return
-            behind, at = streamed[-1].stream_id, max(after_seq, numbers[-1]) if numbers else at
-            fresh = [entry for entry in streamed if selection.holds(entry.fields) and _is_behind(entry, after_seq)]
+            fresh: list[AuditEntry] = []
+            for entry in streamed:
+                seq = seq_of(entry.fields)
+                if seq is not None and seq - 1 > at:
+                    # Before the first of them, and where somebody has taken one out, or changed the number of one.
+                    if fresh:
+                        yield fresh
+                        fresh = []
+                    async for entries in self._archived(shard, at, selection, page, seq - 1):
+                        given.update(map(_seq, entries) if at > after_seq else ())
+                        yield entries
+                at = max(at, seq or 0)
+                if selection.holds(entry.fields) and _is_behind(entry, after_seq) and seq not in given:
+                    fresh.append(entry)
             if fresh:
                 yield fresh
+            if not streamed:
+                async for entries in self._archived(shard, at, selection, page, head.seq):
+                    yield entries
+                return
+            behind = streamed[-1].stream_id
 
     async def _archived(
         self, shard: int, after_seq: int, selection: Selection, page: int, until_seq: int | None = None

@@ -152,6 +152,72 @@ async def test_one_flipped_byte_in_a_stream_id_is_found(log: Log, seq: int, at: 
     assert (report.fault.seq, "stream_id" in report.fault.reason) == (blamed, True)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "{}",
+        '{"details": "forged"}',
+        '{"seq": "1"}',
+        '{"reserve": 1}',
+        "[]",
+        "{",
+        '{"version": ""}',
+        '{"version": "07"}',
+    ],
+)
+@pytest.mark.parametrize("seq", [20, 38])
+async def test_what_is_written_beside_the_columns_is_found(log: Log, seq: int, extra: str) -> None:
+    """A row that needs nothing beside its columns has nothing there."""
+    log.sql(f"UPDATE auction_audit_log SET extra = '{extra}' WHERE seq = {seq}")
+    report = await log.verify(store=False)
+    assert report.fault is not None
+    assert report.fault.seq == seq
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '{"version":\t"07"}',
+        '{"version": "07"} ',
+        '{"version": "x", "version": "07"}',
+        '{"version": "07", "event_type": "FORGED"}',
+        '{"version": "07", "hash": "0"}',
+        '{"version": "07", "reserve": "1"}',
+        '{"version": "7"}',
+    ],
+)
+async def test_what_is_changed_beside_the_columns_is_found(log: Log, extra: str) -> None:
+    """An oddly written number stands there: to the letter as it was written, or the row is not what it was."""
+    await log.streams.put(0, linked([fields(46, version="07")], head_of(log.written)))
+    await log.drain()
+    assert (await log.verify(store=False)).fault is None
+    log.sql(f"UPDATE auction_audit_log SET extra = '{extra}' WHERE seq = 46")
+    report = await log.verify(store=False)
+    assert report.fault is not None
+    assert report.fault.seq == 46
+
+
+@pytest.mark.parametrize("seq", [32, 39, 43])
+async def test_a_record_that_is_taken_out_of_the_stream_is_found(log: Log, seq: int) -> None:
+    """Also of those that the archive has: a stream is trimmed at its beginning only."""
+    await log.streams.link.commands.execute_command("XDEL", ShardKeys.of(0).audit, log.written[seq - 1].stream_id)
+    report = await log.verify()
+    assert report.fault is not None
+    assert report.fault.seq == seq
+
+
+async def test_a_number_that_is_given_twice_in_the_stream_is_found(log: Log) -> None:
+    """The record that pretends to be its neighbour differs from the one the archive has under that number."""
+    held = await log.streams.held(0)
+    altered = [AuditEntry(entry.stream_id, dict(entry.fields)) for entry in held]
+    altered[3].fields["seq"] = altered[4].fields["seq"]
+    await log.streams.link.commands.execute_command("DEL", ShardKeys.of(0).audit)
+    await log.streams.put(0, altered)
+    report = await log.verify()
+    assert report.fault is not None
+    assert report.fault.seq == int(held[3].fields["seq"])
+
+
 async def test_a_byte_that_is_no_utf_8_is_found(log: Log) -> None:
     """A broken byte in the file itself makes no text any more; the row is named all the same."""
     log.sql("UPDATE auction_audit_log SET details = CAST(x'7bff7d' AS TEXT) WHERE seq = 12")

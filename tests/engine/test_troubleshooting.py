@@ -132,6 +132,57 @@ async def test_what_has_the_id_of_another_that_waits_is_lost_no_more_than_that(w
     assert [answer["command_id"] for answer in world.answers("second")] == ["bid-b-1"] * 2
 
 
+def nested(levels: int) -> bytes:
+    """A body of so many levels that nobody can apply."""
+    return b'{"type":"no.such","reply_to":"sender","x":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize("levels", [2, 150, 154, 155, 204, 205, 251, 254, 255, 600, 1_024, 1_025, 5_000])
+async def test_poison_that_is_nested_deeply_is_one_more_poison(world: World, worker: Worker, levels: int) -> None:
+    """JSON can be read that cannot be written again: such a body is kept as text, and everything goes on."""
+    await played(world, worker, poison("p-1", nested(levels)), poison("p-2", nested(levels)), quick())
+    assert world.facts("a") == ["auction_timer_registered"]
+    shown = world.parked()["p-1"]["payload"]
+    assert shown == (orjson.loads(nested(levels)) if levels <= 154 else nested(levels).decode())
+    await played(world, worker, retry("p-1", "order-1", reply_to="i"), discard("p-2", "order-2", reply_to="i"))
+    assert [answer["outcome"] for answer in world.answers("i")] == ["APPLIED"] * 2
+    assert set(world.parked()) == {"p-1"}
+    assert world.parked()["p-1"]["attempts"] == 2
+    # By hand, into what is parked.
+    world.shard.troubleshooting["p-1"] = nested(levels)
+    again = await Worker(world).begin()
+    await played(world, again, discard("p-1", "order-3", reply_to="i"))
+    assert world.answers("i")[-1]["outcome"] == "APPLIED"
+
+
+@pytest.mark.requirement("R29", "R30")
+async def test_who_sent_what_cannot_be_read_is_told_if_their_name_can(world: World, worker: Worker) -> None:
+    """An event of no known form still says where an answer is waited for."""
+    await played(world, worker, poison("p-1", nested(3)), poison("p-2", b'{"type":"no.such","reply_to":7}'))
+    await played(world, worker, discard("p-1", "order-1"), discard("p-2", "order-2"))
+    answers = world.answers("sender")
+    assert [answer["outcome"] for answer in answers] == ["IN_TROUBLESHOOTING_QUEUE", "CANCELED"]
+    assert {answer["command_id"] for answer in answers} == {"p-1"}
+    assert (answers[0]["error_code"], answers[1]["error"]) == ("SCHEMA_INVALID", "of no use")
+    assert set(world.store.replies) == {"sender"}
+
+
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize("event_id", ["x" * 1_025, "two\nlines", "nul\0", ""])
+async def test_an_id_that_nobody_can_ask_for_is_replaced_by_a_place(
+    world: World, worker: Worker, event_id: str
+) -> None:
+    """By its place in the intake a command can be retried and cancelled; the id itself fits into no URL."""
+    world.shard.events.append(Entry(world.shard.next_id(), at(0), event_id, b"{bad"))
+    await worker.work()
+    place = f"0-{world.shard.events[-1].stream_id}"
+    assert set(world.parked()) == {place}
+    await played(world, worker, discard(place, "order-1", reply_to="i"))
+    assert world.answers("i")[0]["outcome"] == "APPLIED"
+    assert world.parked() == {}
+
+
 @pytest.mark.requirement("R30")
 async def test_the_operator_is_answered_with_the_command_and_its_record(world: World, worker: Worker) -> None:
     """The command as it now stands, and the metadata of the record, which is the one in the chain."""

@@ -9,6 +9,7 @@ from starlette.types import Message
 from gateway.bodies import DISCARDED_BYTES_MAX, ERRORS_LISTED_MAX, bounded_body, read_body
 from gateway.command_routes import CancelBody, PauseBody
 from gateway.events import BODY_BYTES_MAX
+from gateway.offer_routes import CancelOfferBody
 from gateway.problems import Problem, ProblemType
 
 
@@ -62,6 +63,14 @@ async def test_a_body_in_pieces_is_one_body() -> None:
 async def test_what_is_not_json_is_named_so(body: bytes) -> None:
     """Also what some parsers would let pass."""
     assert (await refused(request(body))).type is ProblemType.MALFORMED_JSON
+
+
+@pytest.mark.parametrize("depth", [10, 400, 1_000])
+async def test_nesting_in_a_value_that_is_one_of_a_few_is_only_a_wrong_value(depth: int) -> None:
+    """Also where the message about it would name the value level by level."""
+    problem = await refused(request(b'{"reason_code": %b%b}' % (b"[" * depth, b"]" * depth)), CancelOfferBody)
+    assert problem.type is ProblemType.INVALID_BODY
+    assert problem.extra["errors"]
 
 
 @pytest.mark.parametrize(

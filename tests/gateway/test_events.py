@@ -936,6 +936,21 @@ def test_nesting_that_json_allows_is_only_a_wrong_value(depth: int) -> None:
     assert problem.extra["errors"] == [{"index": 0, "path": "detail.bid_id", "reason": "must be a string"}]
 
 
+@pytest.mark.parametrize("depth", [10, 400, 1_000])
+@pytest.mark.parametrize("path", ["detail-type", "detail.policy.mode", "detail.policy.extends_on", "detail.starts_at"])
+def test_nesting_in_a_value_that_is_one_of_a_few_is_only_a_wrong_value(path: str, depth: int) -> None:
+    """Also where the message about it would name the value level by level."""
+    raw = copy.deepcopy(eventbridge(EventType.AUCTION_STARTED, FULL[EventType.AUCTION_STARTED]))
+    *parents, name = path.split(".")
+    place = raw
+    for parent in parents:
+        place = place[parent]
+    place[name] = "HERE"
+    problem = refusal(body_of(raw).replace(b'"HERE"', b"[" * depth + b"]" * depth))
+    assert problem.type is ProblemType.MALFORMED_EVENTS
+    assert problem.extra["errors"][0]["index"] == 0
+
+
 def test_an_empty_batch() -> None:
     """An array without events is a mistake of the sender, not a success."""
     assert refusal(b"[]").type is ProblemType.EMPTY_BATCH

@@ -80,6 +80,21 @@ async def test_with_a_token_the_operator_is_whoever_brings_it() -> None:
 
 
 @pytest.mark.requirement("R29", "R30")
+@pytest.mark.parametrize("levels", [2, 155, 204, 251, 254, 600, 1_024])
+async def test_what_is_nested_deeply_is_listed(levels: int) -> None:
+    """No poison makes the others of its page unreadable; also not if a hand has put it there."""
+    body = b"[" * levels + b"]" * levels
+    async with desk() as made:
+        await made.append(poison("p-1", body))
+        await made.park("e-1")
+        made.memory.shards[0].troubleshooting["e-1"] = b'{"payload":%b}' % body
+        page = (await made.http.get(PATH)).json()
+        assert [command["command_id"] for command in page["commands"]] == ["p-1", "e-1"]
+        assert all("payload" in command for command in page["commands"])
+        assert (await made.http.get("/commands/e-1")).status_code == 200
+
+
+@pytest.mark.requirement("R29", "R30")
 async def test_what_waits_is_listed_the_longest_first() -> None:
     """Each with its error, its attempts and its payload; and how many there are."""
     async with desk() as made:

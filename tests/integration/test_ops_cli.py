@@ -1,6 +1,9 @@
 """`auction-timer ops troubleshooting` as an operator types it, against a running stack."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 from uuid import uuid4
 
@@ -104,6 +107,32 @@ def test_of_commands_of_one_id_each_is_reached_by_its_shard(live_stack: LiveStac
     assert ops(live_stack, "cancel", event_id, *why, "--shard", "5").returncode == 0
     assert shards() == [2]
     assert ops(live_stack, "cancel", event_id, *why).returncode == 0
+
+
+def test_what_cannot_be_sent_is_said_plainly(live_stack: LiveStack) -> None:
+    """Arguments that are no text, and ids that fit into no URL: one line that says which."""
+    for arguments, said in (
+        (("retry", "nobody-\udcff"), "UTF-8"),
+        (("cancel", "nobody", "--reason", "\udcff", "--operator", "jane"), "UTF-8"),
+        (("retry", "x" * 100_000), "1024 characters"),
+    ):
+        done = ops(live_stack, *arguments)
+        assert done.returncode == (2 if said == "UTF-8" else 1)
+        assert (done.stderr.count("\n"), said in done.stderr) == (1, True), done.stderr
+
+
+def test_an_order_that_is_not_answered_yet_can_be_followed(live_stack: LiveStack) -> None:
+    """With the engine away the order is taken, the id under which it can be asked for is told, and then it is done."""
+    event_id, _ = lost_bid(live_stack)
+    (engine,) = live_stack.pids("engine")
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        asked = ops(live_stack, "cancel", event_id, "--reason", "a test bid", "--operator", "jane")
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    (path,) = re.findall(r"/commands/cmd-\S+", asked.stderr)
+    assert asked.returncode == 1
+    until(lambda: live_stack.http.get(path).json()["outcome"] == "APPLIED", "the order is carried out")
 
 
 def test_an_unknown_command_and_a_missing_gateway_are_said_plainly(live_stack: LiveStack) -> None:

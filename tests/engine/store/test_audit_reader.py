@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from engine.contract.audit import verify
+from engine.contract.keys import ShardKeys
 from engine.domain.instants import EpochMs
 from engine.store.archive import EVERYTHING, PAGE, AuditArchive, Selection
 from engine.store.audit_reader import AuditReader
@@ -244,6 +245,23 @@ async def test_what_a_failover_took_back_is_read_as_it_went_on(
     of_one = [record for record in expected if record["auction_id"] == "lot-1"]
     assert await reader.of_auction(0, "lot-1", 0, 100) == of_one
     assert [entry.fields for entry in await surviving(AuditReader(None, archive))][:35] == expected[:35]
+
+
+@pytest.mark.parametrize("gone", [[41], [50], [43, 44, 45], [41, 60], [48, 50, 52]])
+async def test_what_was_taken_out_of_the_stream_is_read_from_the_archive(
+    streams: Streams, archive: AuditArchive, gone: list[int]
+) -> None:
+    """Somebody has deleted entries that are archived: nothing that happened is missing from what people are shown."""
+    written = await streams.grow(0, 60)
+    while await archiver(streams.store, archive, retained=20).archive_once():
+        pass
+    ids = [written[seq - 1].stream_id for seq in gone]
+    await streams.link.commands.execute_command("XDEL", ShardKeys.of(0).audit, *ids)
+    reader = AuditReader(streams.store, archive)
+    assert await surviving(reader) == written
+    assert await surviving(reader, after_seq=42, page=3) == written[42:]
+    of_one = [entry.fields for entry in written if entry.fields["auction_id"] == "lot-1"]
+    assert await reader.of_auction(0, "lot-1", 0, 100) == of_one
 
 
 async def test_a_stream_that_is_empty_ends_at_its_head(streams: Streams, archive: AuditArchive) -> None:
