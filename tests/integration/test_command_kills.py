@@ -117,9 +117,12 @@ class Load:
         elif what == "stranger":
             await self._send(http, chance, bid(fresh_id()))
         elif what == "event":
-            kind = chance.choice(["auctions.pause.requested", "auctions.resume.requested"])
-            reply = {"reply_to": f"load-{chance.randrange(4)}"} if chance.random() < 0.5 else {}
-            await self._send(http, chance, event(kind, auction_id=auction_id, reason="by event", **reply))
+            kinds = ["auctions.pause.requested", "auctions.resume.requested", "offers.cancellation.completed"]
+            kind = chance.choices(kinds, [4, 4, 1])[0]
+            extra = {"reply_to": f"load-{chance.randrange(4)}"} if chance.random() < 0.5 else {}
+            if kind == kinds[2] and chance.random() < 0.5:
+                extra["offer_id"] = f"o-{auction_id}"  # the auction id goes first
+            await self._send(http, chance, event(kind, auction_id=auction_id, reason="by event", **extra))
         elif what == "reschedule":
             ends_at = int(time.time() * 1_000) + chance.choice([-1_000, 2_000, 4_000, 2 * LONG_MS])
             await self._send(http, chance, event("auctions.schedule.changed", auction_id=auction_id, ends_at=ends_at))
