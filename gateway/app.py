@@ -100,7 +100,7 @@ class Correlate:
         if not self._origins.answers_to(host):
             return Problem(
                 ProblemType.FOREIGN_ORIGIN,
-                "without tokens this gateway answers to names of this machine only; let the proxy in front pass on "
+                "without tokens this gateway answers to no public name; let the proxy in front pass on "
                 f"Host: 127.0.0.1, or name the origin of {str(host)[:128]!r} in AUCTION_TIMER_ALLOWED_ORIGINS",
             )
         if method not in {"GET", "HEAD", "OPTIONS"} and not self._origins.admits(origin, host):

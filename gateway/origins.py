@@ -40,7 +40,8 @@ class OriginRule:
         """Whether a request that only reads may name this `Host`.
 
         A page that has its own name resolve to 127.0.0.1 reads what is there as its own, and sends no `Origin`. Where
-        everybody on this machine may read everything, the name is all that tells it from a program of this machine.
+        everybody on this machine may read everything, the name is all that tells it from a program of this machine. Such
+        a name is one of the public DNS: it has a dot, and is no address.
         """
         if not host or not self._loopback_only or not self._is_open:
             return True
@@ -48,13 +49,16 @@ class OriginRule:
             name = urlsplit(f"//{host.lower()}").hostname or ""
         except ValueError:
             return False
-        return _is_loopback(name) or name in self._names
+        return "." not in name.rstrip(".") or name in self._names or _is_address(name)
 
 
 def _is_loopback(name: str) -> bool:
-    if name == "localhost":
-        return True
+    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def _is_address(name: str) -> bool:
     try:
-        return ipaddress.ip_address(name).is_loopback
+        ipaddress.ip_address(name)
     except ValueError:
         return False
+    return True

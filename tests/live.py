@@ -49,7 +49,7 @@ def children_of(pid: int) -> dict[int, str]:
             continue
         try:
             parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
         if parent == pid and command:

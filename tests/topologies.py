@@ -200,12 +200,17 @@ class SentinelGroup:
 
     @property
     def primary(self) -> Member:
-        """The member that two sentinels hold for the primary, once it says so itself."""
+        """The member that every sentinel holds for the primary, once it says so itself.
+
+        All of them, not a majority: one that has not heard of a failover sends whoever asks it to the former primary, and if
+        that is up again it takes writes until it is told to follow.
+        """
 
         def named() -> Member | None:
-            said = [sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1] for sentinel in self.sentinels[:2]]
-            (found,) = (member for member in self.members if str(member.port) == str(said[0]))
-            return found if said[0] == said[1] and found.role() == "master" else None
+            asked = [sentinel for sentinel in self.sentinels if sentinel.process.poll() is None]
+            said = {str(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1]) for sentinel in asked}
+            found = next((member for member in self.members if said == {str(member.port)}), None)
+            return found if found is not None and found.role() == "master" else None
 
         found: Member = until(named, "the sentinels agree on a primary")
         return found

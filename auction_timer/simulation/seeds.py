@@ -6,11 +6,12 @@ A process judges one plan after another. It does not hear Ctrl-C: whoever asked 
 import contextlib
 import os
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Final
 
@@ -69,7 +70,8 @@ class _Worker:
         self._plan = plan
         self.pipe, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_work, args=(theirs,), daemon=True)
-        self._process.start()
+        with _uninterrupted():
+            self._process.start()
         theirs.close()
         self.pipe.send(plan)
 
@@ -98,8 +100,28 @@ class _Worker:
         self.pipe.close()
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hear Ctrl-C afterwards. In the middle of a start it would leave a process that has not been told what it is for, and
+    says so with a traceback. What is started meanwhile never hears it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which nothing interrupts
+        return
+    resource_tracker.ensure_running()  # which it would be by the first start, and unblocks what it finds blocked
+    heard: list[int] = []
+    # Blocked for what is started, which inherits that; and noted, because another thread may take it for this one.
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: heard.append(number))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _work(pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError):  # whoever asked is gone
         while True:
             pipe.send(judge(pipe.recv()))
