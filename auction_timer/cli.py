@@ -345,6 +345,8 @@ def audit_export(
     """
     from auction_timer import audit
 
+    if since is not None and until is not None and since >= until:
+        raise typer.BadParameter("--until must be later than --since: between the two lies nothing")
     settings = _settings(redis_url=redis_url, data_dir=data_dir, audit_url=audit_url)
     _exit(audit.export(settings, form=form, auction_id=auction, since=since, until=until, output=output))
 
