@@ -559,7 +559,9 @@ def test_times_that_cannot_be_read_are_a_usage_error(cli: Callable[..., "subproc
     assert (wrong.returncode, "2026-03-01T12:00:00Z" in wrong.stderr) == (2, True)
 
 
-def test_a_time_that_ends_before_it_begins_is_a_usage_error(cli: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+def test_a_time_that_ends_before_it_begins_is_a_usage_error(
+    cli: Callable[..., "subprocess.CompletedProcess[str]"],
+) -> None:
     """Nothing lies between the two, so whoever asks has mixed them up."""
     for until in (str(T0), str(T0 - 1)):
         answer = cli("export", "--since", str(T0), "--until", until)
