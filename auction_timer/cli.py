@@ -1,6 +1,7 @@
 """The command line, `auction-timer`. Each command reads its options, and calls what does the work."""
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -479,4 +480,7 @@ for _group in (app, audit_app, troubleshooting_app):
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to end
     sys.exit(app())

@@ -35,7 +35,7 @@ def show_parked(
             _print_table(found, depth)
         return EXIT_OK
 
-    return _run(work, url=url, token=token)
+    return _run(work, error_code, event_type, url=url, token=token)
 
 
 def retry(command_id: str, *, url: str, token: str | None, reason: str | None, operator: str, shard: int | None) -> int:
@@ -46,7 +46,7 @@ def retry(command_id: str, *, url: str, token: str | None, reason: str | None, o
         print(f"{command_id} is in the intake again; `ops troubleshooting list` shows it if it fails once more")
         return EXIT_OK
 
-    return _run(work, url=url, token=token)
+    return _run(work, command_id, reason, operator, url=url, token=token)
 
 
 def cancel(
@@ -60,7 +60,7 @@ def cancel(
         print(f"{command_id} is CANCELED{told}")
         return EXIT_OK
 
-    return _run(work, url=url, token=token)
+    return _run(work, command_id, reason, operator, url=url, token=token)
 
 
 def requeue(
@@ -73,10 +73,16 @@ def requeue(
         print("  ".join(f"{name} {counts[name]}" for name in ("requeued", "refused", "pending")))
         return EXIT_FAILURE if counts["refused"] else EXIT_OK
 
-    return _run(work, url=url, token=token)
+    return _run(work, error_code, event_type, operator, url=url, token=token)
 
 
-def _run(work: Any, *, url: str, token: str | None) -> int:
+def _run(work: Any, *said: str | None, url: str, token: str | None) -> int:
+    try:
+        "".join(filter(None, said)).encode()
+    except UnicodeEncodeError:
+        print("auction-timer: an argument, or USER in the environment, holds bytes that are no UTF-8", file=sys.stderr)
+        return EXIT_USAGE
+
     async def connected() -> int:
         async with Api(url, token=token) as api:
             return int(await work(api))
@@ -86,9 +92,6 @@ def _run(work: Any, *, url: str, token: str | None) -> int:
     except ClientError as error:
         print(f"auction-timer: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except UnicodeEncodeError:
-        print("auction-timer: an argument, or USER in the environment, holds bytes that are no UTF-8", file=sys.stderr)
-        return EXIT_USAGE
 
 
 def _finish(work: Coroutine[Any, Any, T]) -> T:

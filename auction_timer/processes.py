@@ -306,8 +306,12 @@ class Child:
             yield ()
             return
         self._pulse = Pulse(self.spec.frozen_ms)
-        with self._pulse.inherited() as fd:
-            yield (fd,)
+        try:
+            with self._pulse.inherited() as fd:
+                yield (fd,)
+        except BaseException:
+            self._close_pulse()
+            raise
 
     def _close_pulse(self) -> None:
         if self._pulse is not None:

@@ -299,6 +299,7 @@ class Journal:
                 "correlation_id": context.correlation_id,
                 "actor_type": context.actor.type,
                 "actor_id": context.actor.id,
+                "submitted_by": context.submitted_by,
             }
             value = CANCELLED_BEFORE_START + orjson.dumps(kept).decode()
             self._offers[event.offer_id] = value
@@ -326,6 +327,7 @@ class Journal:
             trace_id=kept["trace_id"],
             correlation_id=kept["correlation_id"],
             actor=Actor(kept["actor_type"], kept["actor_id"]),
+            submitted_by=kept.get("submitted_by"),
         )
         for decision in fold(auction, Cancel(kept["reason"]), EpochMs(kept["at"])):
             self._write(decision, canceller, entry.stream_id)
@@ -568,7 +570,7 @@ class Journal:
             {
                 "command_id": command_id,
                 "event_id": context.event_id if context else None,
-                "event_type": context.event_type if context else _type_named_in(entry.body),
+                "event_type": context.event_type if context else _type_named_in(payload),
                 "status": IN_TROUBLESHOOTING,
                 "error_code": code,
                 "error": message,
@@ -629,7 +631,9 @@ def _place(auction: Auction) -> Operation:
 
 def _is_addressable(event_id: str) -> bool:
     """Whether people can ask for a command by this id: it fits into a URL, and into a line."""
-    return 0 < len(event_id) <= COMMAND_ID_CHARS_MAX and event_id.isprintable()
+    if not 0 < len(event_id) <= COMMAND_ID_CHARS_MAX or event_id in {".", ".."}:
+        return False
+    return event_id.isprintable() and event_id == event_id.strip()
 
 
 def _reply_to_in(payload: object) -> str | None:
@@ -673,7 +677,6 @@ def _named_in(command: dict[str, Any], name: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _type_named_in(body: bytes) -> str | None:
-    payload = readable(body, levels_around=PAYLOAD_WITHIN)
+def _type_named_in(payload: object) -> str | None:
     event_type = payload.get("type") if isinstance(payload, dict) else None
     return event_type[:TEXT_CHARS_MAX] if isinstance(event_type, str) else None

@@ -6,7 +6,11 @@ hijacking), or reach it under a name of its own that resolves to 127.0.0.1 (DNS 
 
 import ipaddress
 from collections.abc import Sequence
+from typing import Final
 from urllib.parse import urlsplit
+
+LOCAL_ENDS: Final = (".localhost", ".localdomain")
+"""Of names that no public DNS gives out (RFC 6761, section 6.3)."""
 
 
 class OriginRule:
@@ -18,7 +22,7 @@ class OriginRule:
         is_open: nobody needs a token.
     """
 
-    def __init__(self, allowed: Sequence[str], *, loopback_only: bool, is_open: bool = True) -> None:
+    def __init__(self, allowed: Sequence[str], *, loopback_only: bool, is_open: bool) -> None:
         self.allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
         self._names = {urlsplit(origin).hostname for origin in self.allowed - {"*"}}
         self._loopback_only = loopback_only
@@ -49,7 +53,7 @@ class OriginRule:
             name = urlsplit(f"//{host.lower()}").hostname or ""
         except ValueError:
             return False
-        return "." not in name.rstrip(".") or name in self._names or _is_address(name)
+        return "." not in name.rstrip(".") or name.endswith(LOCAL_ENDS) or name in self._names or _is_address(name)
 
 
 def _is_loopback(name: str) -> bool:

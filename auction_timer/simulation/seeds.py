@@ -104,19 +104,18 @@ class _Worker:
 def _uninterrupted() -> Iterator[None]:
     """Hear Ctrl-C afterwards. In the middle of a start it would leave a process that has not been told what it is for, and
     says so with a traceback. What is started meanwhile never hears it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # which nothing interrupts
-        return
     resource_tracker.ensure_running()  # which it would be by the first start, and unblocks what it finds blocked
     heard: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()  # which alone is interrupted
     # Blocked for what is started, which inherits that; and noted, because another thread may take it for this one.
-    handler = signal.signal(signal.SIGINT, lambda number, _frame: heard.append(number))
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: heard.append(number)) if is_main else None
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        signal.signal(signal.SIGINT, handler)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
         if heard:
             signal.raise_signal(signal.SIGINT)
 

@@ -14,7 +14,7 @@ from typing import Final
 
 import orjson
 
-from engine.contract.intake import Actor
+from engine.contract.intake import COMMAND_WITHIN, Actor, readable
 from engine.contract.timers import moving_fields
 from engine.contract.values import unguarded
 from engine.domain.decide import Decision, Fact
@@ -137,18 +137,21 @@ def as_json(fields: Mapping[str, str]) -> dict[str, object]:
 
     The hash is over the strings: a number is written in decimal digits, `details` as compact JSON, null as "".
     """
-    shown: dict[str, object] = {name: value or None for name, value in fields.items()}
+    shown: dict[str, object] = {name: _text(value) or None for name, value in fields.items()}
     for name in ("shard", "seq", "version", "occurred_at", "recorded_at"):
         value = fields.get(name, "")
         # A number is what is written the one way that numbers are, so that an altered record stays one that differs, and
         # what every reader of JSON can hold: 2**53 has 16 digits.
         if len(value) < 16 and value.isascii() and value.isdigit() and str(int(value)) == value:
             shown[name] = int(value)
-    try:
-        shown["details"] = orjson.loads(fields.get("details") or "{}")
-    except orjson.JSONDecodeError:
-        shown["details"] = fields["details"]
+    details = fields.get("details") or "{}"
+    shown["details"] = readable(details.encode(errors="surrogateescape"), levels_around=COMMAND_WITHIN)
     return shown
+
+
+def _text(value: str) -> str:
+    """A value that can be shown: bytes that are no UTF-8 are U+FFFD in it."""
+    return value if value.isascii() else value.encode(errors="surrogateescape").decode(errors="replace")
 
 
 OPERATOR_CANCEL: Final = "OPERATOR_CANCEL"

@@ -6,6 +6,7 @@ A body that cannot be read is poison: `SchemaError` says what is wrong, the entr
 goes on (requirement R29).
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -224,14 +225,21 @@ def readable(body: bytes, *, levels_around: int) -> object:
 
     orjson reads 1,024 levels of nesting and writes 254, so what can be read need not be what can be told.
     """
+    with contextlib.suppress(orjson.JSONDecodeError):
+        if can_stand_within(found := orjson.loads(body), levels_around):
+            return found
+    return body[:BODY_BYTES_MAX].decode(errors="replace")
+
+
+def can_stand_within(value: object, levels_around: int) -> bool:
+    """Whether JSON that was read can be written within so many levels of other JSON."""
+    for _ in range(levels_around):
+        value = [value]
     try:
-        found = wrapped = orjson.loads(body)
-        for _ in range(levels_around):
-            wrapped = [wrapped]
-        orjson.dumps(wrapped)
-    except (orjson.JSONDecodeError, TypeError):
-        return body[:BODY_BYTES_MAX].decode(errors="replace")
-    return found
+        orjson.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def decode(event_id: str, body: bytes) -> IntakeEvent:
@@ -337,7 +345,11 @@ class _Fields:
 
     def evidence(self, name: str) -> Mapping[str, Any]:
         value = self._raw.get(name)
-        if not isinstance(value, dict) or len(orjson.dumps(value)) > EVIDENCE_BYTES_MAX:
+        if (
+            not isinstance(value, dict)
+            or not can_stand_within(value, PAYLOAD_WITHIN)
+            or len(orjson.dumps(value)) > EVIDENCE_BYTES_MAX
+        ):
             raise self._wrong(name, f"an object of at most {EVIDENCE_BYTES_MAX} bytes")
         return value
 

@@ -404,15 +404,13 @@ def _extra(text: str | None, columns: Mapping[str, str]) -> dict[str, str]:
         return {}
     try:
         extra = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         extra = None
     if (
         isinstance(extra, dict)
         and extra
-        and all(
-            isinstance(value, str) and _column(name, value) is None for name, value in extra.items() if name in FIELDS
-        )
         and all(isinstance(value, str) for value in extra.values())
+        and all(_column(name, value) is None for name, value in extra.items() if name in FIELDS)
         and not extra.keys() & columns.keys()
         and json.dumps(extra) == text
     ):

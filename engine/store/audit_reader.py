@@ -94,7 +94,7 @@ class AuditReader:
             return
         # Before the stream: of what the head was then, all that the stream does not show has been archived.
         head, at, behind = (await self.store.head(shard)).chain, after_seq, START
-        given: set[int] = set()
+        given: list[range] = []
         while True:
             streamed = await self.store.audit_entries(shard, behind, PAGE)
             fresh: list[AuditEntry] = []
@@ -106,10 +106,11 @@ class AuditReader:
                         yield fresh
                         fresh = []
                     async for entries in self._archived(shard, at, selection, page, seq - 1):
-                        given.update(map(_seq, entries) if at > after_seq else ())
+                        given.append(range(at + 1, _seq(entries[-1]) + 1))
                         yield entries
                 at = max(at, seq or 0)
-                if selection.holds(entry.fields) and _is_behind(entry, after_seq) and seq not in given:
+                is_given = any(seq in numbers for numbers in given)
+                if selection.holds(entry.fields) and _is_behind(entry, after_seq) and not is_given:
                     fresh.append(entry)
             if fresh:
                 yield fresh

@@ -22,7 +22,7 @@ from engine.contract.audit import ChainHead, record_hash
 from engine.contract.keys import ShardKeys
 from engine.domain.instants import EpochMs
 from engine.settings import Settings
-from engine.store.archive import EVERYTHING, AuditArchive, Selection
+from engine.store.archive import EVERYTHING, PAGE, AuditArchive, Selection
 from engine.store.audit_reader import AuditReader
 from engine.store.protocol import AuditEntry
 from reconciler.archiver import Archiver
@@ -184,7 +184,9 @@ async def test_what_is_written_beside_the_columns_is_found(log: Log, seq: int, e
         '{"version": "07", "hash": "0"}',
         '{"version": "07", "reserve": "1"}',
         '{"version": "7"}',
+        '{"version": ' + "[" * 5_000 + "]" * 5_000 + "}",
     ],
+    ids=range(8),
 )
 async def test_what_is_changed_beside_the_columns_is_found(log: Log, extra: str) -> None:
     """An oddly written number stands there: to the letter as it was written, or the row is not what it was."""
@@ -204,6 +206,23 @@ async def test_a_record_that_is_taken_out_of_the_stream_is_found(log: Log, seq: 
     report = await log.verify()
     assert report.fault is not None
     assert report.fault.seq == seq
+
+
+async def test_a_stream_that_is_trimmed_while_it_is_read_is_whole(log: Log) -> None:
+    """An archiver that catches up takes what stood behind the page that was read last: nobody has taken anything out."""
+    written = await log.streams.grow(0, 3 * PAGE)
+    at = AuditArchive.at
+
+    async def trimmed(archive: AuditArchive, shard: int, seqs: list[int]) -> dict[int, AuditEntry]:
+        if WRITTEN in seqs:
+            await log.drain()
+        return await at(archive, shard, seqs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(AuditArchive, "at", trimmed)
+        report = await log.verify()
+    assert (report.fault, report.head) == (None, head_of(written))
+    assert len(await log.streams.held(0)) == RETAINED
 
 
 async def test_a_number_that_is_given_twice_in_the_stream_is_found(log: Log) -> None:

@@ -280,10 +280,13 @@ def test_a_cancellation_that_waits_for_its_start_is_answered_once() -> None:
 @pytest.mark.requirement("R26")
 def test_a_remembered_cancellation_is_recorded_in_the_name_of_who_cancelled() -> None:
     """When the start comes, the audit of the cancellation has the actor, trace and event id of the cancellation itself."""
-    first = Drafted().apply(cancel_offer("o-1", reason="withdrawn"), T0)
+    first = Drafted().apply(cancel_offer("o-1", reason="withdrawn", submitted_by="crm"), T0)
     (bound,) = first.operations(BindOffer)
-    drafted = Drafted(offers={"o-1": bound.value}).apply(start("lot-7", T0, END, offer_id="o-1"), T0 + 5)
+    begins = start("lot-7", T0, END, offer_id="o-1", submitted_by="shop")
+    drafted = Drafted(offers={"o-1": bound.value}).apply(begins, T0 + 5)
     cancelled, registered = [record.fields for record in drafted.operations(Record)]
+    told = [orjson.loads(record["details"])["submitted_by"] for record in (cancelled, registered)]
+    assert told == ["crm", "shop"]
     kept = orjson.loads(bound.value.removeprefix("cancelled "))
     assert cancelled["event_type"] == "auction_timer_tombstoned"
     assert {name: cancelled[name] for name in ("event_id", "trace_id", "correlation_id", "actor_type", "actor_id")} == {

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.contract.audit import verify
-from engine.contract.intake import Actor
+from engine.contract.audit import as_json, verify
+from engine.contract.intake import Actor, CommandType, CorrectClock
 from engine.domain.instants import EPOCH_MS_MAX
 from engine.store.protocol import Entry, Group, StoreUnavailableError
-from tests.fakes.events import bid, cancel, discard, poison, resume, retry, start
+from tests.fakes.events import bid, cancel, discard, draft, poison, resume, retry, start
 from tests.fakes.store import Fault, FaultyStore
 from tests.fakes.world import QUICK, Worker, World, at
 
@@ -156,6 +156,21 @@ async def test_poison_that_is_nested_deeply_is_one_more_poison(world: World, wor
     assert world.answers("i")[-1]["outcome"] == "APPLIED"
 
 
+@pytest.mark.requirement("R29")
+@pytest.mark.parametrize("levels", [2, 100, 149, 152, 155, 200, 253, 254, 600])
+async def test_evidence_that_is_nested_deeply_is_poison_too(world: World, worker: Worker, levels: int) -> None:
+    """What goes into the audit as it is must be fit to be written there, and shown."""
+    order = CorrectClock(5, "a test", {"a": 1})
+    body = draft("clock-0-1", CommandType.CLOCK_CORRECTED, order, None).body
+    deep = body.replace(b'{"a":1}', b'{"a":%b%b}' % (b"[" * (levels - 1), b"]" * (levels - 1)))
+    assert deep != body
+    await played(world, worker, poison("clock-0-1", deep), quick())
+    assert world.facts("a") == ["auction_timer_registered"]
+    corrected = [record for record in world.shard.audit if record["event_type"] == "clock_corrected"]
+    assert (len(corrected), set(world.parked())) == ((1, set()) if levels < 154 else (0, {"clock-0-1"}))
+    orjson.dumps([as_json(record) for record in world.shard.audit])
+
+
 @pytest.mark.requirement("R29", "R30")
 async def test_who_sent_what_cannot_be_read_is_told_if_their_name_can(world: World, worker: Worker) -> None:
     """An event of no known form still says where an answer is waited for."""
@@ -169,7 +184,7 @@ async def test_who_sent_what_cannot_be_read_is_told_if_their_name_can(world: Wor
 
 
 @pytest.mark.requirement("R29")
-@pytest.mark.parametrize("event_id", ["x" * 1_025, "two\nlines", "nul\0", ""])
+@pytest.mark.parametrize("event_id", ["x" * 1_025, "two\nlines", "nul\0", "", " ", "x ", ".", ".."])
 async def test_an_id_that_nobody_can_ask_for_is_replaced_by_a_place(
     world: World, worker: Worker, event_id: str
 ) -> None:

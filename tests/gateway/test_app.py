@@ -111,7 +111,7 @@ async def test_what_is_no_http_request_passes_untouched() -> None:
     async def send(message: Message) -> None:
         raise AssertionError
 
-    await Correlate(inner, OriginRule([], loopback_only=True))({"type": "lifespan"}, receive, send)
+    await Correlate(inner, OriginRule([], loopback_only=True, is_open=True))({"type": "lifespan"}, receive, send)
     assert seen == [{"type": "lifespan"}]
 
 

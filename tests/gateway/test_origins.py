@@ -37,7 +37,7 @@ OWN = "127.0.0.1:8080"
 )
 def test_on_loopback_only_its_own_pages_may(origin: str | None, host: str | None, admitted: bool) -> None:
     """Programs send no origin and pass; a page passes only under a loopback name that is the one it was asked by."""
-    assert OriginRule([], loopback_only=True).admits(origin, host) is admitted
+    assert OriginRule([], loopback_only=True, is_open=True).admits(origin, host) is admitted
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_on_loopback_only_its_own_pages_may(origin: str | None, host: str | None
 )
 def test_named_origins_may_besides(origin: str, admitted: bool) -> None:
     """An allowed origin is scheme, name and port together; a slash at its end does not matter."""
-    assert OriginRule(["https://Bids.example/"], loopback_only=True).admits(origin, OWN) is admitted
+    assert OriginRule(["https://Bids.example/"], loopback_only=True, is_open=True).admits(origin, OWN) is admitted
 
 
 def test_behind_a_proxy_the_own_name_is_any_name() -> None:
     """A gateway that is not bound to loopback is reached by the name the proxy passes on."""
-    rule = OriginRule([], loopback_only=False)
+    rule = OriginRule([], loopback_only=False, is_open=True)
     assert rule.admits("https://bids.example", "bids.example")
     assert not rule.admits("https://evil.example", "bids.example")
 
@@ -77,6 +77,9 @@ def test_behind_a_proxy_the_own_name_is_any_name() -> None:
         ("bids.example:8080", True),
         ("Bids.example", True),
         ("gateway:8080", True),
+        ("app.localhost:8080", True),
+        ("localhost.localdomain", True),
+        ("localhost.evil.example", False),
         ("192.0.2.1:8080", True),
         ("evil.example:8080", False),
         ("evil.example.", False),
@@ -87,6 +90,6 @@ def test_behind_a_proxy_the_own_name_is_any_name() -> None:
 )
 def test_without_tokens_only_names_of_this_machine_are_answered_to(host: str | None, answered: bool) -> None:
     """A page that has its name resolve to 127.0.0.1 reads as little as it changes: a name of the public DNS, with a dot."""
-    assert OriginRule(["https://Bids.example/", "*"], loopback_only=True).answers_to(host) is answered
+    assert OriginRule(["https://Bids.example/", "*"], loopback_only=True, is_open=True).answers_to(host) is answered
     assert OriginRule([], loopback_only=True, is_open=False).answers_to(host)
-    assert OriginRule([], loopback_only=False).answers_to(host)
+    assert OriginRule([], loopback_only=False, is_open=True).answers_to(host)

@@ -468,7 +468,7 @@ def test_a_takeover_is_written_down_without_a_pass(short_tmp: Path) -> None:
 @pytest.mark.requirement("R10", "R16")
 def test_what_stands_still_is_replaced(short_tmp: Path) -> None:
     """A stopped engine is found and started anew, and closes as of the end, once; so are a gateway and a reconciler."""
-    stack = LiveStack(short_tmp, env={"AUCTION_TIMER_FROZEN_MS": "4000"})
+    stack = LiveStack(short_tmp, env={"AUCTION_TIMER_FROZEN_MS": "5000"})
     try:
         auction_id, now = fresh_id(), now_of(stack)
         stack.post(started(auction_id, now, now + 2_000, soft_close_window_ms=1_000))

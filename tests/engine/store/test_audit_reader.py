@@ -264,6 +264,26 @@ async def test_what_was_taken_out_of_the_stream_is_read_from_the_archive(
     assert await reader.of_auction(0, "lot-1", 0, 100) == of_one
 
 
+@pytest.mark.parametrize("after_seq", [0, 40, 43, 45])
+@pytest.mark.parametrize(("altered", "to"), [(41, 1_000), (46, 1_000), (46, 48), (46, 44), (60, 1_000)])
+async def test_a_number_that_was_changed_in_the_stream_doubles_nothing(
+    streams: Streams, archive: AuditArchive, altered: int, to: int, after_seq: int
+) -> None:
+    """Somebody has changed one: the archive tells what it was, and the others are read once, wherever a page begins."""
+    written = await streams.grow(0, 60)
+    while await archiver(streams.store, archive, retained=20).archive_once():
+        pass
+    held = await streams.held(0)
+    changed = [AuditEntry(entry.stream_id, dict(entry.fields)) for entry in held]
+    changed[altered - 41].fields["seq"] = str(to)
+    await streams.link.commands.execute_command("DEL", ShardKeys.of(0).audit)
+    await streams.put(0, changed)
+    found = await surviving(AuditReader(streams.store, archive), after_seq=after_seq)
+    told = [entry for entry in found if entry.fields["seq"] != str(to)]
+    assert told == [entry for entry in written[after_seq:] if entry.fields["seq"] != str(to)]
+    assert len(found) - len(told) <= 2
+
+
 async def test_a_stream_that_is_empty_ends_at_its_head(streams: Streams, archive: AuditArchive) -> None:
     """Trimmed to nothing, the archive tells all up to the head; a shard that lost everything has no past."""
     written = await streams.grow(0, 30)
