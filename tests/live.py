@@ -36,7 +36,7 @@ def alive(pid: int) -> bool:
     """Whether a process runs: one that has ended and was not reaped by its parent does not count."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it is reaped while it is read
         return False
     return state not in "ZX"
 
