@@ -310,10 +310,9 @@ def test_a_child_that_stands_still_is_killed_and_started_again(
         async with ChildSupervisor() as children:
             child = await children.start(spec_of("engine", BEATS_ONCE, tmp_path, frozen_ms=200))
             first = child.pid
-            await eventually(lambda: starts(tmp_path, "engine") == 3)
+            await eventually(lambda: starts(tmp_path, "engine") >= 3 and child.restarts >= 2)
             assert first is not None
             assert not exists(first)
-            assert child.restarts == 2
 
     on_loop(scenario)
     frozen = [line for line in log if line["event"] == "child_frozen"]
@@ -333,7 +332,7 @@ async def test_descriptors_of_frozen_children_are_given_back(tmp_path: Path, mon
     before = descriptors()
     async with ChildSupervisor() as children:
         await children.start(spec_of("engine", BEATS_ONCE, tmp_path, frozen_ms=50))
-        await eventually(lambda: starts(tmp_path, "engine") == 3)
+        await eventually(lambda: starts(tmp_path, "engine") >= 3)
     assert descriptors() <= before + 1
 
 
