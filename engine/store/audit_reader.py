@@ -105,12 +105,14 @@ class AuditReader:
                     if fresh:
                         yield fresh
                         fresh = []
+                    last = at
                     async for entries in self._archived(shard, at, selection, page, seq - 1):
-                        given.append(range(at + 1, _seq(entries[-1]) + 1))
+                        last = _seq(entries[-1])
                         yield entries
+                    given.append(range(at + 1, last + 1))
                 at = max(at, seq or 0)
-                is_given = any(seq in numbers for numbers in given)
-                if selection.holds(entry.fields) and _is_behind(entry, after_seq) and not is_given:
+                is_wanted = selection.holds(entry.fields) and _is_behind(entry, after_seq)
+                if is_wanted and not any(seq in numbers for numbers in given):
                     fresh.append(entry)
             if fresh:
                 yield fresh

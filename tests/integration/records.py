@@ -82,3 +82,26 @@ def keys_of(auction_id: str) -> ShardKeys:
 def has_deadline(stack: LiveStack, auction_id: str) -> bool:
     """Whether an auction stands in the sorted set of deadlines."""
     return stack.redis("ZSCORE", keys_of(auction_id).deadlines, auction_id) is not None
+
+
+def parked_in(stack: LiveStack) -> list[dict[str, Any]]:
+    """What is in troubleshooting, page by page."""
+    found: list[dict[str, Any]] = []
+    query: dict[str, str] = {"limit": "500"}
+    while True:
+        page = stack.http.get("/ops/troubleshooting", params=query).json()
+        found += page["commands"]
+        if page["next_cursor"] is None:
+            return found
+        query["cursor"] = page["next_cursor"]
+
+
+def drained(stack: LiveStack) -> bool:
+    """Whether the engine has applied everything. The cursor is read first: its move may append what is sent round again."""
+    for shard in range(SHARDS):
+        keys = ShardKeys.of(shard)
+        applied = stack.redis("HGET", keys.cursor, "intake")
+        last = stack.redis("XREVRANGE", keys.events, "+", "-", "COUNT", 1)
+        if last and last[0][0] != applied:
+            return False
+    return True

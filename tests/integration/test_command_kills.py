@@ -27,7 +27,7 @@ from engine.domain.instants import EpochMs
 from engine.journal import ALWAYS_PARKED, peek
 from engine.store.protocol import Entry
 from tests.integration.events import bid, event, fresh_id, started
-from tests.integration.records import SHARDS, assert_whole, records_of, stream
+from tests.integration.records import SHARDS, assert_whole, drained, parked_in, records_of, stream
 from tests.live import LiveStack, alive, until
 
 pytestmark = pytest.mark.integration
@@ -247,16 +247,6 @@ class Replay:
 # The comparison.
 
 
-def drained(stack: LiveStack) -> bool:
-    """Whether the engine has applied everything, and nobody appends any more."""
-    for shard in range(SHARDS):
-        keys = ShardKeys.of(shard)
-        last = stack.redis("XREVRANGE", keys.events, "+", "-", "COUNT", 1)
-        if last and stack.redis("HGET", keys.cursor, "intake") != last[0][0]:
-            return False
-    return True
-
-
 def now_ms() -> EpochMs:
     """The clock that the authority reads, too."""
     return EpochMs(int(time.time() * 1_000))
@@ -383,14 +373,7 @@ def judge(stack: LiveStack, load: Load) -> None:
     assert load.arrivals.keys() | set(load.poison) <= replay.entered.keys()
     records = judge_auctions(stack, replay)
     judge_chain(stack, records)
-    parked: list[str] = []
-    cursor: dict[str, str] = {}
-    while True:
-        page = stack.http.get("/ops/troubleshooting", params={"limit": "500"} | cursor).json()
-        parked += [command["command_id"] for command in page["commands"]]
-        if page["next_cursor"] is None:
-            break
-        cursor = {"cursor": page["next_cursor"]}
+    parked = [command["command_id"] for command in parked_in(stack)]
     assert Counter(parked) == Counter(replay.parked)
     assert set(load.poison) <= set(parked)
     statuses = judge_answers(load, records, replay)

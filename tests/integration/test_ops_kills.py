@@ -20,7 +20,16 @@ import pytest
 
 from engine.contract.keys import ShardKeys, shard_of
 from tests.integration.events import bid, fresh_id, started
-from tests.integration.records import NUMBERS, SHARDS, assert_whole, records_of, replies_to, stream
+from tests.integration.records import (
+    NUMBERS,
+    SHARDS,
+    assert_whole,
+    drained,
+    parked_in,
+    records_of,
+    replies_to,
+    stream,
+)
 from tests.live import LiveStack, alive, until
 
 pytestmark = pytest.mark.integration
@@ -176,14 +185,7 @@ class Desk:
 
 def listed(stack: LiveStack) -> dict[str, dict[str, Any]]:
     """What is in troubleshooting, by command id."""
-    found: list[dict[str, Any]] = []
-    cursor: dict[str, str] = {}
-    while True:
-        page = stack.http.get("/ops/troubleshooting", params={"limit": "500"} | cursor).json()
-        found += page["commands"]
-        if page["next_cursor"] is None:
-            break
-        cursor = {"cursor": page["next_cursor"]}
+    found = parked_in(stack)
     by_id = {command["command_id"]: command for command in found}
     assert len(by_id) == len(found)
     return by_id
@@ -209,17 +211,6 @@ def park(stack: LiveStack, auction_ids: list[str]) -> dict[str, Command]:
 
 
 # The judgement.
-
-
-def drained(stack: LiveStack) -> bool:
-    """Whether the engine has applied everything. The cursor is read first: its move may append what is sent round again."""
-    for shard in range(SHARDS):
-        keys = ShardKeys.of(shard)
-        applied = stack.redis("HGET", keys.cursor, "intake")
-        last = stack.redis("XREVRANGE", keys.events, "+", "-", "COUNT", 1)
-        if last and last[0][0] != applied:
-            return False
-    return True
 
 
 @dataclass(slots=True)

@@ -186,6 +186,15 @@ def test_who_sent_an_event_is_told_from_whom_it_names(submitted_by: str | None, 
     assert details.get("submitted_by") == (submitted_by if told else None)
 
 
+@pytest.mark.requirement("R34")
+@pytest.mark.parametrize("details", ["[" * 300 + "]" * 300, "{", "\udcff", '"\\ud800"'])
+def test_a_damaged_record_is_shown_as_it_can_be(details: str) -> None:
+    """Bytes that are no UTF-8, and details that are no JSON or too deep of it, cost no reader the rest of the page."""
+    shown = as_json({"seq": "7", "actor_id": "j\udcffne", "details": details})
+    assert (shown["seq"], shown["actor_id"]) == (7, "j\ufffdne")
+    assert orjson.loads(orjson.dumps([shown]))[0]["details"]
+
+
 @pytest.mark.requirement("B7")
 @settings(max_examples=100, deadline=None)
 @given(records=st.lists(contents, min_size=1, max_size=8), data=st.data())
