@@ -50,11 +50,13 @@ log = structlog.get_logger()
 class _Track:
     """What was measured of one shard in a row: the offsets that would be right."""
 
-    __slots__ = ("asked", "offsets_ms")
+    __slots__ = ("asked", "offsets_ms", "right_ms")
 
     def __init__(self) -> None:
         self.offsets_ms: deque[int] = deque(maxlen=LOOKS)
         self.asked: MonotonicNs | None = None
+        self.right_ms: int | None = None
+        """The offset the shard had when its clock was last in order, or was asked to have since."""
 
     def steady_ms(self) -> int | None:
         """The offset that all looks agree on."""
@@ -104,17 +106,17 @@ class ClockWatch:
         others = await self._board.others()
         shards = list(islice(self._turn, SHARDS_PER_LOOK))
         self._turn.rotate(-len(shards))
-        asked: list[int] = []
         for shard in shards:
-            await self._look_at(shard, others, asked)
+            await self._look_at(shard, others)
 
-    async def _look_at(self, shard: int, others: dict[str, ClockReport], asked: list[int]) -> None:
+    async def _look_at(self, shard: int, others: dict[str, ClockReport]) -> None:
         machine, track = self._clock.clock, self._tracks[shard]
         sent = machine.monotonic_ns()
         shown = await self._store.shard_clock(shard)
         received = machine.monotonic_ns()
         if self._witnesses.vote(sent, received, shown.now_us) is not Verdict.AUTHORITY:
             track.offsets_ms.clear()
+            track.right_ms = shown.offset_ms
             return
         estimate_us = self._clock.now_us() - (machine.monotonic_ns() - (sent + received) // 2) // 1_000
         track.offsets_ms.append(round((estimate_us - shown.time_us) / 1_000))
@@ -127,10 +129,10 @@ class ClockWatch:
             log.warning("clock_correction_withheld", shard=shard, offset_ms=offset_ms, others=len(verdicts))
             track.offsets_ms.clear()
             return
-        # Shards on one server have one clock, so they get one offset.
-        offset_ms = next((same for same in asked if abs(same - offset_ms) <= STEADY_MS), offset_ms)
-        asked.append(offset_ms)
-        track.asked = received
+        # Shards on one server have one clock, so they get one offset, also where one of them was steady a look later.
+        known = (other.right_ms for other in self._tracks.values() if other.right_ms is not None)
+        offset_ms = next((same for same in known if abs(same - offset_ms) <= STEADY_MS), offset_ms)
+        track.asked, track.right_ms = received, offset_ms
         await self._correct(shard, shown, offset_ms, others)
 
     async def _correct(self, shard: int, shown: ShardClock, offset_ms: int, others: dict[str, ClockReport]) -> None:

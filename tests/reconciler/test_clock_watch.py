@@ -1,6 +1,7 @@
 """Tests for reconciler.clock_watch: what is asked for when the authority steps, and what is not, on the memory store."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import orjson
 import pytest
@@ -14,7 +15,7 @@ from engine.contract.clock_vote import ClockReport, Verdict
 from engine.contract.intake import CorrectClock, decode
 from engine.domain.instants import EpochMs
 from engine.store.memory import MemoryStore
-from engine.store.protocol import StoreUnavailableError
+from engine.store.protocol import ShardClock, StoreUnavailableError
 from reconciler import clock_watch
 from reconciler.clock_watch import INTERVAL_NS, LOOKS, ClockWatch
 from reconciler.metrics import ReconcilerMetrics
@@ -104,6 +105,30 @@ async def test_a_steady_step_is_corrected_once_in_every_shard(rig: Rig, step_ms:
     await rig.look(60)
     assert [len(rig.asked(shard)) for shard in (0, 1)] == [1, 1]
     assert rig.sync.verdict is Verdict.NONE
+
+
+@pytest.mark.parametrize(("hindered", "other"), [(1, 0), (0, 1)])
+async def test_shards_of_one_server_get_one_offset_also_in_different_looks(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, hindered: int, other: int
+) -> None:
+    """A shard whose first answer was slow is corrected later and measures 3 ms more; its clock is that of the other."""
+    shard_clock = rig.store.shard_clock
+    slower_ms = 60
+
+    async def read(shard: int) -> ShardClock:
+        shown = await shard_clock(shard)
+        return replace(shown, time_us=shown.time_us - slower_ms * 1_000) if shard == hindered else shown
+
+    monkeypatch.setattr(rig.store, "shard_clock", read)
+    rig.authority.step(10_000)
+    await rig.look()
+    slower_ms = 3
+    await rig.look(LOOKS - 1)
+    assert [len(rig.asked(shard)) for shard in (other, hindered)] == [1, 0]
+    rig.apply(other)
+    await rig.look()
+    assert [order.offset_ms for shard in (other, hindered) for order in rig.asked(shard)] == [-10_000, -10_000]
+    assert rig.asked(hindered)[0].evidence["measured_ms"] == [-9_997] * LOOKS
 
 
 async def test_the_way_back_is_corrected_too(rig: Rig) -> None:
