@@ -373,6 +373,7 @@ async def test_a_minute_of_running_counts_as_started(tmp_path: Path, log: list[d
     assert (line["uptime_ms"], line["exit_code"], line["restart_in_ms"]) == (STARTED_AFTER_MS, 2, 0)
 
 
+@pytest.mark.integration
 async def test_a_slow_start_that_ends_in_a_configuration_error_is_not_repeated(tmp_path: Path) -> None:
     """On a busy machine the settings may be refused after seconds: they stay refused, and `serve` says so."""
     now = 1000.0

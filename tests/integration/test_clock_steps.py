@@ -41,8 +41,8 @@ BOUND_MS: Final = 250
 """By how much a stamp may be off while the clocks disagree."""
 MEASURING_MS: Final = 30
 """Between a close and the frame in our hands, and between two readings of our own clocks."""
-LATE_MS: Final = 1_500
-"""A second, and what a loaded machine adds: on an idle one it is 15 ms, or 255 ms while Redis is behind."""
+LATE_MS: Final = 5_000
+"""Half the smallest step: who followed one is later. On an idle machine it is 15 ms, or 255 ms while Redis is behind."""
 REPLACED_MS: Final = 10_000
 """As late as this a close may be while an engine starts on a loaded machine; here it only counts that it is not early."""
 STEPS_S: Final = [10, -10, 3_600, -3_600]
@@ -237,6 +237,8 @@ class Sale:
         self.closes: list[float] = []
         """When each close was told, in ms from when it should be."""
         self.frame: dict[str, Any] = {}
+        self.answered_s: dict[str, float] = {}
+        """When each bid was accepted for judgement, by our own clock."""
         world.post(started(self.auction_id, ends_at - 60_000, ends_at, soft_close_window_ms=0))
 
     def is_known(self) -> bool:
@@ -265,15 +267,24 @@ class Sale:
         await asyncio.sleep(max(0, at_s - time.monotonic()))
         placed = bid(self.auction_id, bid_id=f"{name}-{self.auction_id}")
         await asyncio.to_thread(self.world.post, placed)
+        self.answered_s[name] = time.monotonic()
+
+    def judged(self) -> list[str]:
+        """What became of the bids."""
+        return [fact for fact in self.world.facts(self.auction_id) if "bid" in fact]
 
     async def judge(self, late_ms: int) -> None:
         """Once, not early, not late; the bids by when they were made."""
         (after_ms,) = self.closes
         assert -BOUND_MS - MEASURING_MS <= after_ms <= late_ms, after_ms
         assert self.frame["timer"]["ended_at"] == self.ends_at
-        await until(lambda: "late_bid_ignored" in self.world.facts(self.auction_id), "the late bid is judged")
-        facts = self.world.facts(self.auction_id)
-        assert [facts.count(fact) for fact in ("auction_timer_ended", "bid_accepted", "late_bid_ignored")] == [1, 1, 1]
+        await until(lambda: len(self.judged()) == 2, "both bids are judged")
+        assert self.world.facts(self.auction_id).count("auction_timer_ended") == 1
+        # Where this process stood still for half a second the bid went out too late to say which it must be.
+        undecided = self.ends_at_s - self.answered_s["in-time"] < (BOUND_MS + MEASURING_MS) / 1_000
+        assert self.judged() == ["bid_accepted", "late_bid_ignored"] or (
+            undecided and self.judged() == ["late_bid_ignored"] * 2
+        )
 
 
 async def play(world: World, *, step: Callable[[], None], ends_in_s: list[float], late_ms: int = LATE_MS) -> None:
