@@ -64,6 +64,11 @@ def found(stack: LiveStack, auction_id: str) -> list[dict[str, str]]:
     return [entry for entry in stream(stack, RECONCILIATIONS) if entry["auction_id"] == auction_id]
 
 
+def causes(stack: LiveStack, auction_id: str) -> list[str]:
+    """Why, each time. It is written down after it was asked for, so it may be done before it is there."""
+    return [entry["cause"] for entry in found(stack, auction_id)]
+
+
 def count_of(stack: LiveStack, kind: str) -> float:
     """The counter of a kind of drift, over all processes."""
     lines = stack.http.get("/metrics").text.splitlines()
@@ -220,7 +225,7 @@ def test_an_edited_end_that_an_engine_loads_closes_nothing(stack: LiveStack, uns
     facts = [record["event_type"] for record in records_of(stack, auction_id)]
     assert "auction_timer_ended" not in facts
     assert facts[-1] == "auction_timer_corrected"
-    assert "hash_changed" in {entry["cause"] for entry in found(stack, auction_id)}
+    until(lambda: "hash_changed" in causes(stack, auction_id), "it is written down")
     stack.post(bid(auction_id))
     until(
         lambda: "bid_accepted" in [record["event_type"] for record in records_of(stack, auction_id)], "bids count again"
@@ -268,6 +273,7 @@ def test_a_log_that_breaks_a_cap_is_found_and_clipped(stack: LiveStack, auction:
     assert frame["timer"]["ends_at"] == cap
     until(lambda: hash_of(stack, auction)["ends_at"] == str(cap), "the end is clipped")
     assert score_of(stack, auction) == cap
+    until(lambda: "cap_breached" in causes(stack, auction), "it is written down")
     (entry,) = [each for each in found(stack, auction) if each["cause"] == "cap_breached"]
     assert (entry["action"], entry["severity"], entry["ms_moved"]) == ("requested", "severe", "-60000")
     assert (entry["before"], entry["after"]) == (str(cap + 60_000), str(cap))
@@ -287,7 +293,7 @@ def test_an_end_that_is_pushed_past_the_cap_by_hand_comes_back(stack: LiveStack,
     assert frame["timer"]["ends_at"] == before["ends_at"]
     until(lambda: score_of(stack, auction) == before["ends_at"], "the deadline is what the log says")
     until(lambda: hash_of(stack, auction)["ends_at"] == str(before["ends_at"]), "the hash is what the log says")
-    assert "end_past_cap" in {entry["cause"] for entry in found(stack, auction)}
+    until(lambda: "end_past_cap" in causes(stack, auction), "it is written down")
 
 
 FOREIGN: Final = b"\xff\xfe bad"
@@ -350,7 +356,7 @@ def test_what_a_hand_has_written_over_is_restored_and_costs_nobody_else(
     finally:
         os.kill(reconciler, signal.SIGCONT)
     until(
-        lambda: kind in {each["cause"] for each in found(stack, named)} and stack.timer(auction)["status"] == "CLOSING",
+        lambda: kind in causes(stack, named) and stack.timer(auction)["status"] == "CLOSING",
         "it is written down",
     )
     stack.redis("ZREM", keys_of(auction).deadlines, FOREIGN)  # which is left to a person
@@ -390,7 +396,7 @@ def test_a_closed_auction_among_the_deadlines_is_taken_out(stack: LiveStack) -> 
     facts = [record["event_type"] for record in records_of(stack, auction_id)]
     assert facts.count("auction_timer_ended") == 1
     assert facts[-1] == "auction_timer_corrected"
-    assert [entry["cause"] for entry in found(stack, auction_id)] == ["closed_in_deadlines"]
+    until(lambda: causes(stack, auction_id) == ["closed_in_deadlines"], "it is written down once")
 
 
 def test_an_entry_for_an_auction_that_never_was_goes(stack: LiveStack) -> None:
@@ -398,7 +404,7 @@ def test_an_entry_for_an_auction_that_never_was_goes(stack: LiveStack) -> None:
     auction_id = fresh_id()
     stack.redis("ZADD", keys_of(auction_id).deadlines, now_of(stack) + LONG_MS, auction_id)
     until(lambda: score_of(stack, auction_id) is None, "the entry is gone")
-    assert [entry["cause"] for entry in found(stack, auction_id)] == ["entry_extra"]
+    until(lambda: causes(stack, auction_id) == ["entry_extra"], "it is written down once")
 
 
 def frozen_in(stack: LiveStack, auction_id: str) -> list[dict[str, str]]:
@@ -422,7 +428,7 @@ def test_a_frozen_engine_is_reported_and_closes_late_but_never_early(stack: Live
         assert time.monotonic() - stopped < FOUND_WITHIN_S
         assert (frozen[0]["after"], frozen[0]["severity"], frozen[0]["ms_moved"]) == ("a beat", "severe", "0")
         assert json.loads(frozen[0]["evidence"])["beat_stands_still_ms"] > LEASE_MS
-        until(lambda: "overdue" in {entry["cause"] for entry in found(stack, auction_id)}, "the late close is found")
+        until(lambda: "overdue" in causes(stack, auction_id), "the late close is found")
         until(lambda: time.monotonic() - stopped > FROZEN_S, "the engine stood still for long")
     finally:
         os.kill(engine, signal.SIGCONT)
@@ -452,12 +458,12 @@ def test_a_takeover_is_written_down_without_a_pass(short_tmp: Path) -> None:
             os.kill(first, signal.SIGSTOP)
             try:
                 until(lambda: len(held()) == SHARDS, "it has all of them")
-                causes = ("heartbeat_frozen", "shard_taken_over")
+                both = ("heartbeat_frozen", "shard_taken_over")
                 until(lambda: len(stream(stack, RECONCILIATIONS)) >= SHARDS, "it is written down")
             finally:
                 os.kill(first, signal.SIGCONT)
             told = stream(stack, RECONCILIATIONS)
-            expected = {(cause, str(shard)) for cause in causes for shard in set(range(SHARDS)) - given}
+            expected = {(cause, str(shard)) for cause in both for shard in set(range(SHARDS)) - given}
             assert sorted((each["cause"], each["shard"]) for each in told) == sorted(expected)
             assert {each["after"] for each in told if each["cause"] == "shard_taken_over"} == {"other"}
             assert count_of(stack, "shard_taken_over") == SHARDS // 2
