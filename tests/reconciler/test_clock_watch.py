@@ -245,6 +245,15 @@ async def test_a_shard_that_was_left_behind_is_corrected_alone(rig: Rig) -> None
     assert (rig.asked(0), [order.offset_ms for order in rig.asked(1)]) == ([], [0])
 
 
+async def test_who_was_left_behind_gets_the_offset_of_who_is_in_order(rig: Rig) -> None:
+    """Another reconciler has corrected the one shard by 3 ms less than is measured here: the other gets the same."""
+    rig.store.shards[0].offset_ms = 3
+    rig.store.shards[1].offset_ms = 5_000
+    await rig.look(LOOKS)
+    assert (rig.asked(0), [order.offset_ms for order in rig.asked(1)]) == ([], [3])
+    assert rig.asked(1)[0].evidence["measured_ms"] != [3] * LOOKS
+
+
 async def test_many_shards_are_read_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look reads so many, the next one the next ones, and every shard is corrected in the end."""
     monkeypatch.setattr(clock_watch, "SHARDS_PER_LOOK", 3)
