@@ -32,11 +32,22 @@ def until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S)
         time.sleep(0.01)
 
 
+def exists(pid: int) -> bool:
+    """Whether the pid is taken, by a running process or by a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs: one that has ended and was not reaped by its parent does not count."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):  # the latter if it is reaped while it is read
+    except FileNotFoundError:
+        return not Path("/proc/self").exists() and exists(pid)
+    except ProcessLookupError:  # it was reaped while it was read
         return False
     return state not in "ZX"
 

@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
+
+from tests.live import alive
 
 DEADLINE_S = 20.0
 """How long a condition may take on a loaded two-core machine before the test fails; none needs a second on an idle one."""
@@ -22,27 +23,7 @@ async def eventually(condition: Callable[[], object], *, within_s: float = DEADL
         raise AssertionError(f"not true within {within_s} s: {code.co_filename}:{code.co_firstlineno}") from None
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits to be reaped by somebody else does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return Path("/proc/self").exists() is False and exists(pid)
-    except ProcessLookupError:
-        return False
-    return state not in "ZX"
-
-
-def exists(pid: int) -> bool:
-    """Whether the pid is taken, by a running process or by a zombie."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def kill_if_running(pid: int | None) -> None:
     """SIGKILL to one process of the test, by its own pid, on the way out."""
-    if pid is not None and is_running(pid):
+    if pid is not None and alive(pid):
         os.kill(pid, signal.SIGKILL)

@@ -51,7 +51,8 @@ from auction_timer.errors import (
     UnreadableDataError,
 )
 from auction_timer.processes import kernel_tells_of_parent_death, kill_now
-from tests.auction_timer import eventually, exists, is_running, kill_if_running
+from tests.auction_timer import eventually, kill_if_running
+from tests.live import alive, exists
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
 
@@ -539,11 +540,11 @@ async def owner_process(
 async def test_the_server_dies_with_a_killed_parent(binary: ServerBinary, data_dir: Path, loop: str) -> None:
     """kill -9 of the owner takes the server down, which frees the directory for the next one at once."""
     async with owner_process(data_dir, binary, loop) as (owner, server_pid):
-        assert is_running(server_pid)
+        assert alive(server_pid)
         owner.kill()
         await owner.wait()
         async with EmbeddedServer(data_dir, binary) as successor, connected(successor) as client:
-            assert not is_running(server_pid)
+            assert not alive(server_pid)
             assert await client.ping()
 
 
@@ -554,7 +555,7 @@ async def test_a_second_user_of_the_directory_is_refused(valkey: ServerBinary, d
         with pytest.raises(DataDirInUseError, match=f"process {owner.pid}.*Stop that one.*--data-dir") as caught:
             await EmbeddedServer(data_dir, valkey).start()
         assert caught.value.holder_pid == owner.pid
-        assert is_running(server_pid)
+        assert alive(server_pid)
     async with EmbeddedServer(data_dir, valkey):  # the kernel released the lock of the killed owner
         pass
 

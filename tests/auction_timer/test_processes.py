@@ -31,7 +31,8 @@ from auction_timer.processes import (
     kernel_tells_of_parent_death,
     kill_now,
 )
-from tests.auction_timer import DEADLINE_S, eventually, exists, is_running, kill_if_running
+from tests.auction_timer import DEADLINE_S, eventually, kill_if_running
+from tests.live import alive, exists
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
 
@@ -152,9 +153,9 @@ async def test_a_child_dies_with_a_parent_that_was_killed(polling: bool) -> None
     try:
         assert parent.stdout is not None
         child_pid = int(await parent.stdout.readline())
-        assert is_running(child_pid)
+        assert alive(child_pid)
         parent.kill()
-        await eventually(lambda: not is_running(child_pid))
+        await eventually(lambda: not alive(child_pid))
     finally:
         kill_now(parent)
         kill_if_running(child_pid or None)

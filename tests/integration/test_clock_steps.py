@@ -41,8 +41,8 @@ BOUND_MS: Final = 250
 """By how much a stamp may be off while the clocks disagree."""
 MEASURING_MS: Final = 30
 """Between a close and the frame in our hands, and between two readings of our own clocks."""
-LATE_MS: Final = 5_000
-"""Half the smallest step: who followed one is later. On an idle machine it is 15 ms, or 255 ms while Redis is behind."""
+LATE_MS: Final = 1_500
+"""A second, and what a loaded machine adds: on an idle one it is 15 ms, or 255 ms while Redis is behind."""
 REPLACED_MS: Final = 10_000
 """As late as this a close may be while an engine starts on a loaded machine; here it only counts that it is not early."""
 STEPS_S: Final = [10, -10, 3_600, -3_600]
@@ -269,22 +269,21 @@ class Sale:
         await asyncio.to_thread(self.world.post, placed)
         self.answered_s[name] = time.monotonic()
 
-    def judged(self) -> list[str]:
-        """What became of the bids."""
-        return [fact for fact in self.world.facts(self.auction_id) if "bid" in fact]
-
     async def judge(self, late_ms: int) -> None:
         """Once, not early, not late; the bids by when they were made."""
         (after_ms,) = self.closes
         assert -BOUND_MS - MEASURING_MS <= after_ms <= late_ms, after_ms
         assert self.frame["timer"]["ended_at"] == self.ends_at
-        await until(lambda: len(self.judged()) == 2, "both bids are judged")
-        assert self.world.facts(self.auction_id).count("auction_timer_ended") == 1
+        await until(lambda: len(self._facts("bid")) >= 2, "both bids are judged")
+        assert self._facts("timer_ended") == ["auction_timer_ended"]
+        expected = [["bid_accepted", "late_bid_ignored"]]
         # Where this process stood still for half a second the bid went out too late to say which it must be.
-        undecided = self.ends_at_s - self.answered_s["in-time"] < (BOUND_MS + MEASURING_MS) / 1_000
-        assert self.judged() == ["bid_accepted", "late_bid_ignored"] or (
-            undecided and self.judged() == ["late_bid_ignored"] * 2
-        )
+        if self.ends_at_s - self.answered_s["in-time"] < (BOUND_MS + MEASURING_MS) / 1_000:
+            expected.append(["late_bid_ignored", "late_bid_ignored"])
+        assert self._facts("bid") in expected
+
+    def _facts(self, about: str) -> list[str]:
+        return [fact for fact in self.world.facts(self.auction_id) if about in fact]
 
 
 async def play(world: World, *, step: Callable[[], None], ends_in_s: list[float], late_ms: int = LATE_MS) -> None:
@@ -316,7 +315,7 @@ async def test_the_date_of_redis_is_set_and_set_back(world: World, step_s: int) 
     offset_ms = await corrected(world, step_s)
     assert world.audited() == [[offset_ms]] * SHARDS
     # The engine may be quicker than the reconciler, which writes down what it has asked for.
-    await until(lambda: len(world.recorded()) == SHARDS, "both are written down")
+    await until(lambda: len(world.recorded()) >= SHARDS, "both are written down")
     assert sorted(fields[b"shard"] for fields in world.recorded()) == [b"0", b"1"]
     assert world.metric("reconciler", 'auctions_timer_corrections_total{kind="clock"}') == SHARDS
     for role in ("engine", "reconciler"):
