@@ -6,6 +6,7 @@ protocol version spelled out, and `RedisLink.call` repeats a whole call, with th
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from copy import copy
@@ -528,17 +529,19 @@ class RedisLink:
         task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection. One that cannot say goodbye in time is gone as well: that is no error of whoever stops."""
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._reads.close()
         for node in self._nodes.values():
             for client in (node.commands, node.blocking, node.subscriber):
-                await client.aclose()
-                await client.connection_pool.disconnect()
+                with contextlib.suppress(redis.RedisError, OSError):
+                    await client.aclose()
+                    await client.connection_pool.disconnect()
         if self._sentinel is not None:
-            await self._sentinel.aclose()
+            with contextlib.suppress(redis.RedisError, OSError):
+                await self._sentinel.aclose()
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,8 @@ async def test_an_answer_comes_with_what_its_commit_announced(store: RedisStore,
     script = "redis.call('XADD',KEYS[1],'*','type','t');redis.call('XADD',KEYS[2],'*','command_id','c','body','b')"
     await link.ask(lane, "EVAL", script, 2, lane, stream)
     news = await following
+    while not news.updates:  # it had waited for a second before they came
+        news = await store.follow(updates, answers, 10, 1_000)
     assert [entry.type for entry in news.updates[3]] == ["t"]
     assert [entry.command_id for entry in news.replies[asker]] == ["c"]
 

@@ -359,8 +359,11 @@ def test_what_a_hand_has_written_over_is_restored_and_costs_nobody_else(
         lambda: kind in causes(stack, named) and stack.timer(auction)["status"] == "CLOSING",
         "it is written down",
     )
-    stack.redis("ZREM", keys_of(auction).deadlines, FOREIGN)  # which is left to a person
-    until(lambda: stack.redis("ZRANGE", keys_of(auction).deadlines, ends_at, ends_at, "BYSCORE"), "the score is back")
+    deadlines = keys_of(auction).deadlines
+    until(lambda: stack.redis("TYPE", deadlines) == b"zset", "the deadlines are a sorted set")
+    stack.redis("ZREM", deadlines, FOREIGN)  # which is left to a person
+    until(lambda: stack.redis("ZRANGE", deadlines, ends_at, ends_at, "BYSCORE"), "the score is back")
+    until(lambda: stack.redis("TYPE", keys_of(auction).timer(auction)) == b"hash", "the hash is a hash")
     until(lambda: hash_of(stack, auction)["ends_at"] == str(ends_at), "the hash is back")
     for each in (neighbour, stranger):
         ended = stack.until_status(each, "ENDED")

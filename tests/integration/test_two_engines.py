@@ -21,7 +21,7 @@ def test_two_engines_under_fire_write_what_a_fold_of_the_intake_writes() -> None
     assert verdict.counts() == dict.fromkeys(CHECKS, 0), verdict.findings
     assert (done["died"], done["tracebacks"]) == (0, 0)
     assert done["faults"].keys() <= FAULTS.keys()
-    assert sum(done["faults"].values()) >= 4
+    assert sum(done["faults"].values()) >= 2
     assert verdict.closed > AUCTIONS / 3
     assert done["claims"] > 8, "no shard changed hands"
 

@@ -418,6 +418,28 @@ async def test_a_server_that_is_away_is_unavailable() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.requirement("R16")
+async def test_connections_that_cannot_say_goodbye_are_closed_all_the_same(
+    redis_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a loaded machine a goodbye takes longer than is waited for: every client is closed, and the stop is no failure."""
+    link = RedisLink(redis_server.url, SystemClock(), call_deadline_ms=5_000)
+    clients = (link.commands, link.blocking, link.subscriber)
+    for client in clients:
+        await link.call(client.ping)
+    disconnect, gone = UnixDomainSocketConnection.disconnect, set()
+
+    async def too_late(self: UnixDomainSocketConnection, *args: Any, **options: Any) -> None:
+        await disconnect(self, *args, **options)
+        gone.add(self)
+        raise TimeoutError("Timed out closing connection after 0.25")
+
+    monkeypatch.setattr(UnixDomainSocketConnection, "disconnect", too_late)
+    await link.close()
+    assert len(gone) == len(clients)
+
+
+@pytest.mark.integration
 async def test_a_wrong_password_is_refused(redis_server: Server) -> None:
     """A server that does not know us is no outage: the call ends at once."""
     redis_server.ask("ACL", "SETUSER", "bob", "on", ">right", "~*", "+@all")
