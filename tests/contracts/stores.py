@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Final
 
 from engine.clock import SystemClock
 from engine.contract.keys import ShardKeys, replies
 from engine.domain.instants import EpochMs
-from engine.store.link import RedisLink
 from engine.store.memory import MemoryStore
 from engine.store.protocol import Entry
 from engine.store.redis import RedisStore, StoreLimits
@@ -40,6 +40,11 @@ class Bench(ABC):
     """One store on the bench. `store` is all three protocols at once."""
 
     store: Any
+
+    @cached_property
+    def born(self) -> EpochMs:
+        """When it was first asked for this."""
+        return self.now()
 
     @abstractmethod
     def now(self) -> EpochMs:
@@ -165,7 +170,7 @@ class RedisBench(Bench):
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.link = RedisLink(server.url, SystemClock(), call_deadline_ms=4_000)
+        self.link = server.link()
         self.store = RedisStore(self.link, SystemClock())
         self._run = self.link.commands.execute_command
 

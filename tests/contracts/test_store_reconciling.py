@@ -87,16 +87,16 @@ async def test_an_edited_version_is_named(bench: Bench, found: str, said: int | 
 async def beat(
     bench: Bench, by_ms: int, *drafts: Draft, limits: StoreLimits = LIMITS, store: Any = None, urgent: bool = False
 ) -> EpochMs:
-    """A gateway writes `by_ms` from now; the stamp it got."""
+    """A gateway writes `by_ms` after the test's beginning; about the stamp it got."""
     store = store or bench.store
     store.limits, before = limits, store.limits
-    await bench.shift_authority(0, by_ms)
+    est = EpochMs(bench.born + by_ms)
+    await bench.shift_authority(0, est - bench.now())
     try:
-        est = EpochMs(bench.now() + by_ms)
         await store.append(0, list(drafts), est, f"beat-{by_ms}-{len(drafts)}", urgent=urgent)
     finally:
         store.limits = before
-    return EpochMs(bench.now() + by_ms)
+    return est
 
 
 async def intake(bench: Bench) -> list[Any]:
@@ -186,8 +186,9 @@ async def test_a_close_waits_for_attendance(bench: Bench) -> None:
     bench.store.limits = LIMITS
 
     async def closing(at: int, now: int, **changes: Any) -> Any:
-        await bench.shift_authority(0, now)
-        batch = replace(await batch_on(bench), closes_at=EpochMs(began + at), est=EpochMs(bench.now() + now), **changes)
+        est = EpochMs(bench.born + now)
+        batch = replace(await batch_on(bench), closes_at=EpochMs(began + at), est=est, **changes)
+        await bench.shift_authority(0, est - bench.now())
         return await bench.store.commit(batch)
 
     assert isinstance(await closing(4_000, 4_100), Committed)

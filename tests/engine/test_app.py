@@ -24,7 +24,7 @@ from engine.contract.keys import shard_of
 from engine.domain.instants import EpochMs
 from engine.domain.policy import ExtensionMode, Policy
 from engine.settings import Settings
-from engine.store.link import RedisLink, RedisRefusedError
+from engine.store.link import RedisRefusedError
 from engine.store.protocol import DeploymentMismatchError, Group, Lease
 from engine.store.redis import RedisStore
 from tests.contracts.stores import until
@@ -476,7 +476,7 @@ async def stopped_by_signal(settings: Settings, during: Callable[[], Awaitable[N
 async def test_an_engine_on_a_real_server(redis_server: Server, calm_again: None) -> None:
     """An auction of a second, a bid in its window, its close, and an orderly end on SIGTERM."""
     settings = Settings(_env_file=None, redis_url=redis_server.url, shards=2, instance="engine-1", heartbeat_ms=50)
-    link = RedisLink(redis_server.url, SystemClock())
+    link = redis_server.link()
     store = RedisStore(link, SystemClock())
     shard = shard_of("a", 2)
     policy = Policy(soft_close_window_ms=600, extension_ms=400, mode=ExtensionMode.ADD)

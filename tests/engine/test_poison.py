@@ -73,7 +73,7 @@ class Stage:
 
     def __init__(self, server: Server) -> None:
         self.settings = Settings(_env_file=None, redis_url=server.url, shards=SHARDS, heartbeat_ms=50)
-        self.link = RedisLink(server.url, SystemClock())
+        self.link = server.link()
         self.store = RedisStore(self.link, SystemClock())
         self.calls = 0
 

@@ -18,10 +18,11 @@ SHARDS = 2
 class Streams:
     """The streams, and a store to read them with that gives up early."""
 
-    def __init__(self, server: Server, *, call_deadline_ms: int = 1_000) -> None:
+    def __init__(self, server: Server, *, call_deadline_ms: int = 2_000) -> None:
         self.server = server
-        self.link = RedisLink(server.url, SystemClock(), call_deadline_ms=call_deadline_ms)
-        self.store = RedisStore(self.link, SystemClock())
+        self.link = server.link()
+        self._hasty = RedisLink(server.url, SystemClock(), call_deadline_ms=call_deadline_ms)
+        self.store = RedisStore(self._hasty, SystemClock())
         self.heads: dict[int, ChainHead] = {}
         self._run = self.link.commands.execute_command
 
@@ -63,3 +64,4 @@ class Streams:
     async def close(self) -> None:
         """Give the connections back."""
         await self.link.close()
+        await self._hasty.close()

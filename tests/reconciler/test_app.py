@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from engine.store.archive import AuditArchive
+from engine.store.archive import ArchiveUnavailableError, AuditArchive
 from tests.contracts.stores import until
 from tests.engine.store.archives import postgresql_database
 from tests.live import DEADLINE_S, SCRIPT
 from tests.postgresql import PostgreSQL
 from tests.reconciler.streams import SHARDS, Streams
 from tests.servers import Server
+from tests.topologies import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.requirement("R3")]
 
@@ -80,7 +80,10 @@ async def streams(valkey_server: Server) -> AsyncIterator[Streams]:
 
 def holds(archive: AuditArchive, count: int) -> Callable[[], object]:
     async def look() -> bool:
-        last = await archive.last(0)
+        try:
+            last = await archive.last(0)
+        except ArchiveUnavailableError:  # it is being made
+            return False
         return last is not None and last.fields["seq"] == str(count)
 
     return look
@@ -162,8 +165,7 @@ async def test_postgresql_away_at_the_start_and_later(
 async def test_its_metrics(streams: Streams, tmp_path: Path) -> None:
     """On the port of the settings it says how many records wait."""
     await streams.grow(0, 3)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
 
     def scraped() -> str:
         try:

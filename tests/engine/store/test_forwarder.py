@@ -73,7 +73,7 @@ class Bench:
 @pytest.fixture
 async def bench(redis_server: Server) -> AsyncIterator[Bench]:
     """An empty server."""
-    link = RedisLink(redis_server.url, SystemClock())
+    link = redis_server.link()
     try:
         yield Bench(link)
     finally:

@@ -488,7 +488,7 @@ async def test_a_write_waits_for_a_primary(link: RedisLink, redis_server: Server
 async def test_a_blocked_read_survives_a_change_of_role(link: RedisLink, redis_server: Server) -> None:
     """UNBLOCKED, what a blocked reader gets when its server becomes a replica, ends no reader."""
     reading = asyncio.create_task(
-        link.call(lambda: link.blocking.execute_command("XREAD", "BLOCK", 500, "STREAMS", "s", "0-0"))
+        link.call(lambda: link.blocking.execute_command("XREAD", "BLOCK", 2_000, "STREAMS", "s", "0-0"))
     )
 
     async def blocked() -> bool:
@@ -500,7 +500,7 @@ async def test_a_blocked_read_survives_a_change_of_role(link: RedisLink, redis_s
         await until(lambda: link.retries > 0)
     finally:
         redis_server.ask("REPLICAOF", "NO", "ONE")
-    assert not await asyncio.wait_for(reading, 5)
+    assert not await asyncio.wait_for(reading, 20)
 
 
 @pytest.mark.integration
