@@ -171,9 +171,14 @@ class Reconciler:
         while self._turns:
             drift = self._turns[0]
             if self._leading and (drift.kind is DriftKind.SHARD_TAKEN_OVER or _name(drift) not in self._standing):
-                await self._write_down(Finding(drift, "reported", f"rec-{uuid4().hex}"))
-                if self._beats[drift.shard].lease.holder == drift.before:
-                    self._standing.add(_name(drift))
+                stands = self._beats[drift.shard].lease.holder == drift.before
+                if stands:
+                    self._standing.add(_name(drift))  # before it is written: a pass may look meanwhile
+                try:
+                    await self._write_down(Finding(drift, "reported", f"rec-{uuid4().hex}"))
+                except BaseException:
+                    self._standing.discard(_name(drift))
+                    raise
             self._turns.popleft()
 
     async def _beat(self, shard: int) -> Beat:

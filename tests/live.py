@@ -124,8 +124,12 @@ class LiveStack:
         return pid
 
     def post(self, *events: dict[str, Any]) -> list[dict[str, Any]]:
-        """Post events that must be accepted, and return their results."""
+        """Post events until they are accepted, as a producer does whose 503 says to repeat them; their results."""
         answer = self.http.post("/events", json=list(events))
+        again = time.monotonic() + DEADLINE_S
+        while answer.status_code == 503 and time.monotonic() < again:
+            time.sleep(0.1)
+            answer = self.http.post("/events", json=list(events))
         assert answer.status_code == 202, answer.text
         results: list[dict[str, Any]] = answer.json()["results"]
         return results
@@ -146,6 +150,11 @@ class LiveStack:
 
         found: dict[str, Any] = until(reached, f"{auction_id} is {status}")
         return found
+
+    def is_flushed(self) -> bool:
+        """Whether the store has handed everything to the kernel; it puts that off, for up to two seconds, while it syncs."""
+        state = self.redis("INFO", "persistence")
+        return bool(state["aof_buffer_length"] == state["aof_pending_bio_fsync"] == 0)
 
     def redis(self, *command: Any) -> Any:
         """Ask the store itself."""

@@ -62,9 +62,9 @@ def test_every_frame_of_a_running_stack_is_as_described(short_tmp: Path) -> None
         assert stack.http.get("/asyncapi.json").json()["channels"] == DOCUMENT["channels"]
         whole, cancelled, lost = fresh_id(), fresh_id(), fresh_id()
         now = now_ms()
-        policy = {"soft_close_window_ms": 2_000, "extension_ms": 1_000, "mode": "add", "max_extensions": 1}
+        policy = {"soft_close_window_ms": 4_000, "extension_ms": 1_000, "mode": "add", "max_extensions": 1}
         stack.post(
-            started(whole, now + 2_500, now + 6_000, **policy),
+            started(whole, now + 6_000, now + 14_000, **policy),
             started(cancelled, 1_000, now + 3_600_000),
             started(lost, 1_000, now + 3_600_000),
         )

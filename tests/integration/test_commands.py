@@ -149,10 +149,10 @@ def test_a_command_without_a_correlation_id_is_recorded_under_a_generated_one(li
 @pytest.mark.requirement("R5", "R25", "B1")
 async def test_a_cancellation_and_the_close_have_one_winner(live_stack: LiveStack) -> None:
     """Around the deadline either the cancellation or the close happens, and every loser's 409 says which it was."""
-    offsets_ms = (-400, -40, -20, -10, -5, -2, 0, 2, 5, 30)
+    offsets_ms = (-HOUR_MS, -40, -20, -10, -5, -2, 0, 2, 5, 30)
     ids = [fresh_id() for _ in offsets_ms]
     now = now_of(live_stack)
-    ends_at = now + 2_500
+    ends_at = now + 6_000
     live_stack.post(*(started(auction_id, now - 1_000, ends_at, soft_close_window_ms=0) for auction_id in ids))
     for auction_id in ids:
         live_stack.until_status(auction_id, "ACTIVE")
@@ -199,7 +199,7 @@ def _over(stack: LiveStack, auction_id: str) -> dict[str, Any] | None:
 def test_a_cancelled_auction_leaves_no_ghost(live_stack: LiveStack) -> None:
     """No deadline, no tick, no close when its end comes, and no start brings it back."""
     auction_id, witness, now = fresh_id(), fresh_id(), now_of(live_stack)
-    ends_at = now + 3_000
+    ends_at = now + 7_000
     start = started(auction_id, now - 1_000, ends_at, soft_close_window_ms=0)
     live_stack.post(start, started(witness, now - 1_000, ends_at, soft_close_window_ms=0))
     live_stack.until_status(auction_id, "ACTIVE")

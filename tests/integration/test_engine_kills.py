@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from auction_timer.replay import ReplayReport, replay
+from auction_timer.replay import ReplayProgress, ReplayReport, replay
 from engine.contract.audit import verify
 from tests.live import SCRIPT, LiveStack, alive, until
 
@@ -60,7 +60,15 @@ async def test_killing_the_engine_twelve_times_changes_no_result(short_tmp: Path
     stack = await asyncio.to_thread(LiveStack, short_tmp)
     try:
         killer = Killer(stack, seed)
-        playing = asyncio.create_task(replay(history, url=stack.url, speed=SPEED))
+        watched = asyncio.Event()
+
+        def on_progress(progress: ReplayProgress) -> None:
+            if progress.watched == progress.auctions:
+                watched.set()
+
+        playing = asyncio.create_task(replay(history, url=stack.url, speed=SPEED, on_progress=on_progress))
+        # Whoever watches an auction that no engine has registered yet is told that there is none.
+        await watched.wait()
         killing = asyncio.create_task(killer.run())
         report = await playing
         # The last auctions may be over before the last kill; a kill at rest must not change anything either.

@@ -48,7 +48,7 @@ def test_an_auction_is_followed_to_its_end_and_resumed_from_any_place(live_stack
     auction_id = fresh_id()
     now = now_ms()
     live_stack.post(
-        started(auction_id, now - 1_000, now + 2_500, soft_close_window_ms=2_000, extension_ms=2_000, max_extensions=1)
+        started(auction_id, now - 1_000, now + 7_000, soft_close_window_ms=4_000, extension_ms=4_000, max_extensions=1)
     )
     live_stack.until_status(auction_id, "ACTIVE")
     stream = streamed(live_stack, auction_id)

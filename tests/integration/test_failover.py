@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.failover import KINDS, Topology, one_run
+from benchmarks.failover import EXTENSION_MS, KINDS, SETTLED_MS, Topology, one_run
 
 pytestmark = pytest.mark.integration
 
@@ -26,6 +26,7 @@ def test_a_failover_costs_time_and_nothing_else(kind: Callable[[], Topology]) ->
         "early": 0,
     }, found
     assert found["at_once_ms"] <= 5_000, found
-    assert found["after_ms"] <= 250, found
+    # An engine that stands still for half a second on a loaded machine owes one extension meanwhile.
+    assert found["after_ms"] <= EXTENSION_MS + SETTLED_MS, found
     assert found["bids"] > 20, found
     assert found["samples"] > 0, found

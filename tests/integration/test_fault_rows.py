@@ -58,7 +58,13 @@ def auction(stack: LiveStack, lasts_ms: int) -> tuple[str, int]:
     """An auction in its closing window that no bid extends, and its end."""
     auction_id, now = fresh_id(), now_of(stack)
     stack.post(started(auction_id, now, now + lasts_ms, **EXTENDED_BY_NOBODY))
-    stack.until_status(auction_id, "CLOSING")
+    polled(
+        lambda: (
+            stack.http.get(f"/auctions/{auction_id}/timer").status_code == 200
+            and stack.timer(auction_id)["status"] in ("CLOSING", "ENDED")
+        ),
+        "it runs, or has run",
+    )
     return auction_id, now + lasts_ms
 
 
@@ -188,7 +194,7 @@ async def test_a_full_disk_refuses_writes_and_nothing_else(small_disk: Path) -> 
 
     try:
         lasting, _ = await asyncio.to_thread(auction, stack, HOUR_MS)
-        auction_id, ends_at = await asyncio.to_thread(auction, stack, 5_000)
+        auction_id, ends_at = await asyncio.to_thread(auction, stack, 10_000)
         watchers = [Watcher(auction_id), Watcher(lasting)]
         async with crowd(*watchers, port=port_of(stack.url)):
             await asyncio.to_thread(polled, lambda: is_full(lasting), "the server cannot write")
@@ -308,10 +314,11 @@ async def test_a_failover_outlives_the_sentinel_that_leads_it(group: SentinelGro
     old = group.primary
     for sentinel in group.sentinels:
         sentinel.ask("SENTINEL", "SET", SERVICE, "failover-timeout", FAILOVER_TIMEOUT_MS)
-        sentinel.ask("SENTINEL", "SIMULATE-FAILURE", "crash-after-election")
     async with bidders.bidding():
         await bidders.until_taken()
         auction_id, ends_at = await asyncio.to_thread(auction, stack, 1_500)
+        for sentinel in group.sentinels:
+            sentinel.ask("SENTINEL", "SIMULATE-FAILURE", "crash-after-election")
         old.kill()
         await until(lambda: any(each.process.poll() is not None for each in group.sentinels), "the leader crashes")
         survivors = [sentinel for sentinel in group.sentinels if sentinel.process.poll() is None]

@@ -97,8 +97,8 @@ def test_every_gateway_killed_across_a_closing_window(stack: LiveStack) -> None:
 
 def test_the_store_stopped_across_a_closing_window(stack: LiveStack) -> None:
     """Nobody could write at all: what comes first when it goes on is the guard, not the overdue close."""
-    hit = auction(stack, 8_000, 8_000)
     outside = auction(stack, 60_000, 20_000)
+    hit = auction(stack, 8_000, 8_000)
     (store,) = stack.pids("valkey-server")
     os.kill(store, signal.SIGSTOP)
     try:

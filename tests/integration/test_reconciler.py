@@ -32,9 +32,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.requirement("R12")]
 
 INTERVAL_MS: Final = 400
 LEASE_MS: Final = 1_500
-FOUND_WITHIN_S: Final = 6.0
+FOUND_WITHIN_S: Final = 9.0
 """A beat that stands still for longer than a lease, as the watch over the beats sees it, on a busy machine."""
-FROZEN_S: Final = 10.0
+FROZEN_S: Final = 12.0
 LONG_MS: Final = 3_600_000
 WINDOW: Final = {"soft_close_window_ms": 600_000, "extension_ms": 60_000}
 
@@ -43,7 +43,9 @@ WINDOW: Final = {"soft_close_window_ms": 600_000, "extension_ms": 60_000}
 def stack() -> Iterator[LiveStack]:
     """A stack whose reconciler looks often."""
     with TemporaryDirectory(prefix="at-") as directory:
-        made = LiveStack(Path(directory), env={"AUCTION_TIMER_RECONCILE_INTERVAL_MS": str(INTERVAL_MS)})
+        # An outage would give time back, and move the ends that are judged here.
+        often = {"RECONCILE_INTERVAL_MS": INTERVAL_MS, "OUTAGE_EXTENSION_MS": 0}
+        made = LiveStack(Path(directory), env={f"AUCTION_TIMER_{name}": str(value) for name, value in often.items()})
         try:
             yield made
         finally:
@@ -419,9 +421,9 @@ def frozen_in(stack: LiveStack, auction_id: str) -> list[dict[str, str]]:
 
 @pytest.mark.requirement("R10")
 def test_a_frozen_engine_is_reported_and_closes_late_but_never_early(stack: LiveStack) -> None:
-    """For ten seconds: its silence is found, once, and the overdue close; when it goes on it closes once, as of its end."""
+    """Its silence is found, once, and the overdue close; when it goes on after a while it closes once, as of its end."""
     auction_id, now = fresh_id(), now_of(stack)
-    stack.post(started(auction_id, now, now + 2_000, soft_close_window_ms=1_000))
+    stack.post(started(auction_id, now, now + 5_000, soft_close_window_ms=1_000))
     stack.until_status(auction_id, "ACTIVE")
     (engine,) = stack.pids("engine")
     # A loaded machine has let it stand still for longer than a lease before, too.
@@ -460,19 +462,22 @@ def test_a_takeover_is_written_down_without_a_pass(short_tmp: Path) -> None:
                 return [shard for shard, holder in enumerate(holders) if holder == b"other"]
 
             until(lambda: len(held()) == SHARDS // 2, "the other engine has its share")
-            given = set(held())
+            # A loaded machine lets engines stand still before, too.
+            before, counted = len(stream(stack, RECONCILIATIONS)), count_of(stack, "shard_taken_over")
             os.kill(first, signal.SIGSTOP)
             try:
+                taken = set(range(SHARDS)) - set(held())
                 until(lambda: len(held()) == SHARDS, "it has all of them")
                 both = ("heartbeat_frozen", "shard_taken_over")
-                until(lambda: len(stream(stack, RECONCILIATIONS)) >= SHARDS, "it is written down")
+                until(lambda: len(stream(stack, RECONCILIATIONS)) >= before + 2 * len(taken), "it is written down")
+                told = stream(stack, RECONCILIATIONS)[before:]
             finally:
                 os.kill(first, signal.SIGCONT)
-            told = stream(stack, RECONCILIATIONS)
-            expected = {(cause, str(shard)) for cause in both for shard in set(range(SHARDS)) - given}
+            expected = {(cause, str(shard)) for cause in both for shard in taken}
+            assert taken
             assert sorted((each["cause"], each["shard"]) for each in told) == sorted(expected)
             assert {each["after"] for each in told if each["cause"] == "shard_taken_over"} == {"other"}
-            assert count_of(stack, "shard_taken_over") == SHARDS // 2
+            until(lambda: count_of(stack, "shard_taken_over") >= counted + len(taken), "it is counted")
     finally:
         stack.stop()
 
@@ -483,7 +488,7 @@ def test_what_stands_still_is_replaced(short_tmp: Path) -> None:
     stack = LiveStack(short_tmp, env={"AUCTION_TIMER_FROZEN_MS": "5000"})
     try:
         auction_id, now = fresh_id(), now_of(stack)
-        stack.post(started(auction_id, now, now + 2_000, soft_close_window_ms=1_000))
+        stack.post(started(auction_id, now, now + 5_000, soft_close_window_ms=1_000))
         stack.until_status(auction_id, "ACTIVE")
         (engine,) = stack.pids("engine")
         os.kill(engine, signal.SIGSTOP)

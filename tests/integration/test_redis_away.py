@@ -132,6 +132,7 @@ async def test_a_store_that_is_killed_comes_back_with_everything(stack: LiveStac
     watchers = [Watcher(auction_id) for _ in range(WATCHERS)]
     async with crowd(*watchers, port=port_of(stack.url)):
         await posted(stack, [bid(auction_id) for _ in range(BIDS)])
+        await until(stack.is_flushed, "the kernel has what was accepted")
         killed = await asyncio.to_thread(stack.kill, "valkey-server")
         await posted(stack, [bid(auction_id) for _ in range(BIDS)])
         await until(

@@ -21,8 +21,10 @@ pytestmark = [
 ]
 
 KILLED_AFTER_S: Final = 2.0
-FAILED_OVER_S: Final = 6.0
-"""2.2 s, and what a loaded machine adds: whoever bids before may find nobody who takes it."""
+DOWN_AFTER_MS: Final = 3_000
+"""So that a primary that stands still for a moment is not replaced by a date that is off before it is meant to."""
+FAILED_OVER_S: Final = 9.0
+"""4.2 s, and what a loaded machine adds: whoever bids before may find nobody who takes it."""
 ENDS_IN_S: Final = [KILLED_AFTER_S + after_s for after_s in (FAILED_OVER_S, FAILED_OVER_S + 3, FAILED_OVER_S + 6)]
 LATE_MS: Final = 2_500
 """A date that is followed shows as three seconds."""
@@ -54,7 +56,7 @@ async def test_the_date_of_a_replica_that_is_promoted_is_off(ahead_s: int, tmp_p
     """Everybody coasts over the failover; what the new primary's date is off is taken back in every shard, once."""
     date = Date(tmp_path, "replicas")
     date.set(ahead_s)
-    with stopping(SentinelGroup(replica_env=date.env)) as group:
+    with stopping(SentinelGroup(down_after_ms=DOWN_AFTER_MS, replica_env=date.env)) as group:
         env = {
             "AUCTION_TIMER_REDIS_URL": group.url,
             "AUCTION_TIMER_DURABILITY": "replicated",

@@ -5,7 +5,7 @@ Stop the replicas, cut their links, write, kill the primary, let the replicas go
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Literal
 
 import pytest
@@ -156,13 +156,13 @@ async def test_local_durability_can_lose_what_was_told_and_says_so(group: Sentin
     group.primary.ask("FLUSHALL")
     async with System(group.url, "local").running() as system:
         await system.begin()
-        assert await system.send(bid("a", "kept"))
+        await until(lambda: system.send(bid("a", "kept")), within_s=WITHIN_S)
         await until(lambda: system.bids_told() == {"kept"}, within_s=WITHIN_S)
         await asyncio.to_thread(group.wait_until_whole)
         lost = [f"lost-{number}" for number in range(5)]
         assert await lose_the_end(group, system, lost, lambda: "lost-4" in system.bids_told()) == lost
         await until(lambda: system.resynced() > 0, within_s=WITHIN_S)
-        assert await system.send(bid("a", "after"))
+        await until(lambda: system.send(bid("a", "after")), within_s=WITHIN_S)
         await until(lambda: "after" in system.all_bids_told(), within_s=WITHIN_S)
         assert await system.bids_recorded() == {"kept", "after"}
         assert system.bids_told() == {"after"}, told(system.listener.sent)
@@ -179,7 +179,7 @@ async def test_replicated_durability_loses_nothing_that_was_told(group: Sentinel
     group.primary.ask("FLUSHALL")
     async with System(group.url, "replicated").running() as system:
         await system.begin()
-        assert await system.send(bid("a", "kept"))
+        await until(lambda: system.send(bid("a", "kept")), within_s=WITHIN_S)
         await until(lambda: system.bids_told() == {"kept"}, within_s=WITHIN_S)
         await asyncio.to_thread(group.wait_until_whole)
         lost = [f"lost-{number}" for number in range(5)]
@@ -215,20 +215,29 @@ async def test_a_repetition_is_not_taken_for_replicated(group: SentinelGroup, cu
             for _ in range(3):
                 # On a connection of its own: nothing was written there before.
                 await link.commands.connection_pool.disconnect()
-                with pytest.raises(StoreUnavailableError, match="replica"):
-                    await store.append(0, [Draft("e-1", b"")], estimate, "c-1")
-                with pytest.raises(StoreUnavailableError, match="replica"):
-                    await store.head(0)
-                with pytest.raises(StoreUnavailableError, match="replica"):
-                    await store.read_intake({0: "0-0"}, 10, 0)
-            assert await store.time_us() > 0, "what promises nothing waits for nobody"
-            assert not await store.renew(0, "nobody", 1)
+                await lacks_a_replica(lambda: store.append(0, [Draft("e-1", b"")], estimate, "c-1"))
+                await lacks_a_replica(lambda: store.head(0))
+                await lacks_a_replica(lambda: store.read_intake({0: "0-0"}, 10, 0))
+            promises_nothing = RedisStore(patient, SystemClock())
+            assert await promises_nothing.time_us() > 0, "what promises nothing waits for nobody"
+            assert not await promises_nothing.renew(0, "nobody", 1)
         (appended,) = await until_appended(store, estimate)
         assert appended.accepted, "its own first try is no duplicate"
     finally:
         await patient.close()
         await link.close()
     await asyncio.to_thread(group.wait_until_whole)
+
+
+async def lacks_a_replica(call: Callable[[], Awaitable[Any]]) -> None:
+    """Never acknowledged, for want of a replica; a machine that stands still may be the reason now and then."""
+
+    async def said() -> bool:
+        with pytest.raises(StoreUnavailableError) as refused:
+            await call()
+        return "replica" in str(refused.value)
+
+    await until(said, within_s=WITHIN_S)
 
 
 async def until_appended(store: RedisStore, estimate: EpochMs) -> Any:
@@ -259,7 +268,7 @@ async def test_too_few_replicas_are_complained_of(group: SentinelGroup) -> None:
 async def test_the_first_command_is_not_refused_when_memory_is_full(group: SentinelGroup) -> None:
     """What waits for a replica writes a mark of its own: closes must commit under maxmemory, so the mark must too."""
     primary = await asyncio.to_thread(group.wait_until_whole)
-    link = RedisLink(group.url, SystemClock(), durability="replicated", call_deadline_ms=500)
+    link = RedisLink(group.url, SystemClock(), durability="replicated")
     store = RedisStore(link, SystemClock())
     primary.ask("CONFIG", "SET", "maxmemory", "1")
     try:

@@ -49,9 +49,14 @@ def test_children_are_named_and_none_is_left(short_tmp: Path) -> None:
     assert stack.ready_line.startswith("ready http://127.0.0.1:")
     (gateway,) = stack.pids("gateway")
     assert b"AUCTION_TIMER_DRAIN_MS=25000" in Path(f"/proc/{gateway}/environ").read_bytes().split(b"\0")
-    priorities = {role: [os.getpriority(os.PRIO_PROCESS, pid) for pid in stack.pids(role)] for role in ROLES}
     base = os.getpriority(os.PRIO_PROCESS, 0)
-    assert priorities == {"engine": [base], "gateway": [base], "reconciler": [base + NICENESS]}
+
+    def priorities() -> dict[str, list[int]]:
+        return {role: [os.getpriority(os.PRIO_PROCESS, pid) for pid in stack.pids(role)] for role in ROLES}
+
+    # The gateway is ready; the reconciler may still be about to give way.
+    expected = {"engine": [base], "gateway": [base], "reconciler": [base + NICENESS]}
+    until(lambda: priorities() == expected, "the reconciler gives way, and nobody else")
     assert stack.stop() == 0
     assert not [pid for pid in children if alive(pid)]
 
@@ -97,8 +102,8 @@ def test_state_survives_a_restart_of_everything(short_tmp: Path) -> None:
 def test_an_engine_killed_over_a_deadline_closes_as_of_it_and_counts_the_bid_that_was_in_time(stack: LiveStack) -> None:
     """A bid that arrived while no engine ran still extends; the close that was missed is stamped with its deadline."""
     saved, missed, now = fresh_id(), fresh_id(), now_of(stack)
-    policy = {"soft_close_window_ms": 3_000, "extension_ms": 3_000}
-    stack.post(started(saved, now, now + 3_000, **policy), started(missed, now, now + 3_000, **policy))
+    policy = {"soft_close_window_ms": 6_000, "extension_ms": 6_000}
+    stack.post(started(saved, now, now + 6_000, **policy), started(missed, now, now + 6_000, **policy))
     stack.until_status(saved, "CLOSING")
     (engine,) = stack.pids("engine")
     os.kill(engine, signal.SIGSTOP)
@@ -109,16 +114,16 @@ def test_an_engine_killed_over_a_deadline_closes_as_of_it_and_counts_the_bid_tha
                 "data": {"auction_id": saved, "bid_id": "late-night"},
             }
         )  # fmt: skip
-        assert placed["arrival_ms"] < now + 3_000
+        assert placed["arrival_ms"] < now + 6_000
         # Past both deadlines on the auction clock, with nobody to act on them.
-        until(lambda: now_of(stack) > now + 3_050, "the deadline has passed")
+        until(lambda: now_of(stack) > now + 6_050, "the deadline has passed")
         assert stack.timer(saved)["status"] == "CLOSING"
     finally:
         os.kill(engine, signal.SIGKILL)
-    assert stack.until_status(missed, "ENDED")["ended_at"] == now + 3_000
+    assert stack.until_status(missed, "ENDED")["ended_at"] == now + 6_000
     timer = stack.until_status(saved, "ENDED")
     assert timer["extension_count"] == 1
-    assert timer["ended_at"] == placed["arrival_ms"] + 3_000
+    assert timer["ended_at"] == placed["arrival_ms"] + 6_000
 
 
 @pytest.mark.parametrize("role", ["engine", "gateway", "reconciler", "valkey-server"])
@@ -127,6 +132,7 @@ def test_each_part_is_restarted_when_it_is_killed(stack: LiveStack, role: str) -
     auction_id, now = fresh_id(), now_of(stack)
     stack.post(started(auction_id, now, now + LONG_MS))
     stack.until_status(auction_id, "ACTIVE")
+    until(stack.is_flushed, "the kernel has what was accepted")
     killed = stack.kill(role)
     until(lambda: [pid for pid in stack.pids(role) if pid != killed], f"another {role} runs")
     until(lambda: _ready(stack), "ready again")

@@ -31,13 +31,20 @@ RSS_GROWTH_BYTES_MAX: Final = 32 * 1_048_576
 
 
 async def bids_until(stack: LiveStack, auction_id: str, reader: Watcher, event_bytes: int) -> None:
-    """Bid until a reader was sent so many bytes of events."""
+    """Bid until a reader was sent so many bytes of events; it is told of each batch before the next, so it gets no burst."""
     began = reader.event_bytes
+
+    def told() -> int:
+        return sum(name == "bid.accepted" for name, _ in reader.order)
+
+    expected = told()
     async with httpx.AsyncClient(base_url=stack.url, trust_env=False, timeout=30) as http, asyncio.timeout(60):
         while reader.event_bytes - began < event_bytes:
             answer = await http.post("/events", json=[bid(auction_id) for _ in range(BATCH)])
             assert answer.status_code == 202
-            await asyncio.sleep(0.01)
+            expected += BATCH
+            while told() < expected:
+                await asyncio.sleep(0.01)
 
 
 async def cut_with_4101(gateway: OwnGateway) -> float:

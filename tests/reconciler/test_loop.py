@@ -1,7 +1,7 @@
 """Tests for reconciler.loop and reconciler.observations: passes over a world with an engine in it, on the memory store."""
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -13,8 +13,8 @@ from engine.contract.audit import chained
 from engine.contract.timers import checksum, heartbeat_line, tick_line
 from engine.domain.instants import HOUR_MS, EpochMs
 from engine.store.archive import AuditArchive
-from engine.store.protocol import Group, KeyDamagedError, Lease
-from reconciler.loop import Limits, Reconciler, Report
+from engine.store.protocol import Group, KeyDamagedError, Lease, StoreUnavailableError
+from reconciler.loop import Finding, Limits, Reconciler, Report
 from reconciler.metrics import ReconcilerMetrics
 from reconciler.observations import LogMovedBackError
 from tests.fakes.events import bid, pause, start
@@ -336,6 +336,28 @@ async def test_a_freeze_that_is_told_while_a_pass_is_under_way_is_told_once(
 
     monkeypatch.setattr(rig.reconciler, "_look", look_before_it_freezes)
     assert kinds(await rig.look()) == []
+    assert await watched(rig, (500, "one", 1, 7)) == [FROZEN]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_freeze_that_a_pass_sees_while_it_is_written_down_is_told_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Between the decision to write it down and its being there; one that could not be written is told by whoever can."""
+    await watched(rig, (0, "one", 1, 7))
+    write_down = rig.reconciler._write_down
+
+    async def slowly(finding: Finding) -> None:
+        monkeypatch.setattr(rig.reconciler, "_write_down", write_down)
+        if fails:
+            raise StoreUnavailableError("away")
+        assert kinds(await rig.look()) == [("heartbeat_frozen", "", "reported")]
+        await write_down(finding)
+
+    monkeypatch.setattr(rig.reconciler, "_write_down", slowly)
+    with suppress(StoreUnavailableError):
+        await watched(rig, *[(500, "one", 1, 7)] * 4)
+    assert kinds(await rig.look()) == [("heartbeat_frozen", "", "reported")]
     assert await watched(rig, (500, "one", 1, 7)) == [FROZEN]
 
 
