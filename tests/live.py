@@ -125,18 +125,26 @@ class LiveStack:
 
     def post(self, *events: dict[str, Any]) -> list[dict[str, Any]]:
         """Post events until they are accepted, as a producer does whose 503 says to repeat them; their results."""
-        answer = self.http.post("/events", json=list(events))
-        again = time.monotonic() + DEADLINE_S
-        while answer.status_code == 503 and time.monotonic() < again:
-            time.sleep(0.1)
-            answer = self.http.post("/events", json=list(events))
+        answer = self._patiently(lambda: self.http.post("/events", json=list(events)))
         assert answer.status_code == 202, answer.text
         results: list[dict[str, Any]] = answer.json()["results"]
         return results
 
+    def get(self, path: str, **query: str) -> httpx.Response:
+        """Get a page; one that is unavailable for a moment is asked for again."""
+        return self._patiently(lambda: self.http.get(path, params=query))
+
+    @staticmethod
+    def _patiently(ask: Callable[[], httpx.Response]) -> httpx.Response:
+        answer, give_up = ask(), time.monotonic() + DEADLINE_S
+        while answer.status_code == 503 and time.monotonic() < give_up:
+            time.sleep(0.1)
+            answer = ask()
+        return answer
+
     def timer(self, auction_id: str) -> dict[str, Any]:
         """The timer of an auction that is known."""
-        answer = self.http.get(f"/auctions/{auction_id}/timer")
+        answer = self.get(f"/auctions/{auction_id}/timer")
         assert answer.status_code == 200, answer.text
         timer: dict[str, Any] = answer.json()
         return timer

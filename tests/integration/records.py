@@ -18,7 +18,7 @@ def records_of(stack: LiveStack, auction_id: str, limit: int = 500) -> list[dict
     found: list[dict[str, Any]] = []
     query: dict[str, str] = {"limit": str(limit)}
     while True:
-        answer = stack.http.get(f"/auctions/{auction_id}/audit", params=query)
+        answer = stack.get(f"/auctions/{auction_id}/audit", **query)
         assert answer.status_code == 200, answer.text
         page = answer.json()
         assert len(page["records"]) <= limit

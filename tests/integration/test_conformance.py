@@ -122,6 +122,15 @@ async def verdicts(port: int, directory: Path, *options: str) -> dict[str, Any]:
     return found
 
 
+def failed_of(cases: dict[str, Any]) -> dict[str, Any]:
+    """The cases that are not as they should be, but those that are known."""
+    return {
+        case: verdict
+        for case, verdict in cases.items()
+        if {verdict["behavior"], verdict["behaviorClose"]} - {"OK", "NON-STRICT", "INFORMATIONAL"} and case not in KNOWN
+    }
+
+
 @pytest.mark.requirement("R7")
 async def test_the_socket_conforms_to_rfc_6455(tmp_path: Path) -> None:
     """Every case passes, in its behaviour and in how it closes, but those that are listed with their reason."""
@@ -131,11 +140,11 @@ async def test_the_socket_conforms_to_rfc_6455(tmp_path: Path) -> None:
         cases |= await verdicts(port, tmp_path / "heavy", *excluded, *named("-i", HEAVY))
         assert len(cases) > 200
         assert {"6.22.4", "9.2.6", "9.4.3"} <= cases.keys()
-        failed = {
-            case: verdict
-            for case, verdict in cases.items()
-            if {verdict["behavior"], verdict["behaviorClose"]} - {"OK", "NON-STRICT", "INFORMATIONAL"}
-        }
-        assert failed.keys() <= KNOWN.keys(), failed
+        failed = failed_of(cases)
+        for again in ("second", "third"):
+            # Most of them wait for an answer for a second at most, for which a loaded machine may stand still.
+            if failed:
+                failed = failed_of(await verdicts(port, tmp_path / again, *named("-i", failed)))
+        assert failed == {}
     assert house.door._connections == set()
     assert house.door.admission.plain == 0

@@ -13,6 +13,7 @@ import pytest
 from tests.integration.crowd import Watcher, crowd, gaps, lane, port_of, summary, until
 from tests.integration.events import bid, fresh_id, started
 from tests.integration.own_role import OwnGateway
+from tests.integration.records import drained
 from tests.live import LiveStack, alive
 from tests.live import until as polled
 
@@ -120,15 +121,8 @@ async def test_killing_a_gateway_under_a_thousand_watchers_loses_and_doubles_not
 
 def settled(stack: LiveStack, auction_ids: list[str]) -> dict[str, str]:
     """The last cursor of each auction, once the engine has applied everything."""
-    seen: dict[str, str] = {}
-
-    def still() -> bool:
-        nonlocal seen
-        before, seen = seen, {name: events[-1][0] for name, events in lane(stack, auction_ids).items()}
-        return before == seen and stack.timer(auction_ids[0])["stale"] is False
-
-    polled(still, "the lane stands still")
-    return seen
+    polled(lambda: drained(stack), "everything is applied")
+    return {name: events[-1][0] for name, events in lane(stack, auction_ids).items()}
 
 
 def _judge(watchers: list[Watcher], killed: list[int]) -> None:

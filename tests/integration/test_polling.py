@@ -21,6 +21,7 @@ from gateway.app import build
 from gateway.attendance import Attendance
 from tests.gateway.house import record
 from tests.integration.events import fresh_id, started
+from tests.integration.records import records_of
 from tests.live import LiveStack, until
 from tests.servers import Server
 
@@ -94,7 +95,7 @@ def test_a_client_that_was_far_off_is_announced_by_the_engine(live_stack: LiveSt
     live_stack.post(started(auction_id, 1_000, 4_000_000_000_000))
     live_stack.until_status(auction_id, "ACTIVE")
     shard = shard_of(auction_id, 8)
-    records = live_stack.redis("XLEN", f"auction:audit:{{{shard}}}")
+    records = records_of(live_stack, auction_id)
     for drift_ms in (499, 1_234):
         answer = live_stack.http.post(
             "/timers/sync",
@@ -112,5 +113,5 @@ def test_a_client_that_was_far_off_is_announced_by_the_engine(live_stack: LiveSt
     (body,) = until(announced, "the drift is announced")
     assert (body["auction_id"], body["drift_ms"], body["rtt_ms"]) == (auction_id, 1_234, 20)
     assert body["trace_id"] == trace_id
-    assert live_stack.redis("XLEN", f"auction:audit:{{{shard}}}") == records
+    assert records_of(live_stack, auction_id) == records
     assert live_stack.timer(auction_id)["version"] == answer.json()["timer"]["version"]

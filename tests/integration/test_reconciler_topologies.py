@@ -142,6 +142,14 @@ def test_a_single_pass_by_hand_works_on_the_same_url(topology: Topology, stack: 
     """Exit code 0 with nothing found, 1 with drift that it leaves or repairs, 69 where no server of the URL answers."""
     auction_id, ends_at = live_auction(stack)
     clean = once(stack, topology.url)
+    for _ in range(3):
+        # A loaded machine lets a server or an engine stand still, which is no drift of an auction.
+        if (
+            clean.returncode == EXIT_UNAVAILABLE
+            or "heartbeat_frozen" in clean.stdout
+            or "engine_silent" in clean.stdout
+        ):
+            clean = once(stack, topology.url)
     assert (clean.returncode, "0 drifts" in clean.stdout) == (0, True), clean
     key = keys_of(auction_id).deadlines
     (running,) = stack.pids("reconciler")
