@@ -6,6 +6,7 @@ It stands on Redis alone. No simulation forwards anything, so there is no form o
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
+from uuid import uuid4
 
 from engine.contract.keys import ShardKeys
 from engine.store.link import RedisLink
@@ -61,9 +62,10 @@ class ForwarderStore:
         """What waits behind the cursor, at most `count` entries; None if the lease is no longer of `epoch`.
 
         A shard that has no cursor yet gets one at the lane's end; one whose place is gone goes on at the nearest there is.
+        That is told once.
         """
         names = ShardKeys.of(shard)
-        answer = await self._link.run(PENDING, [names.forwarder, names.updates], [epoch, count])
+        answer = await self._link.run(PENDING, [names.forwarder, names.updates], [epoch, count, uuid4().hex])
         if answer[0] == b"FENCED":
             return None
         _, standing, cursor, lost, behind, rows = answer

@@ -2,15 +2,15 @@
 -- What the webhook has not been offered yet: the entries of the event lane behind the forwarder's cursor.
 --
 -- KEYS  1 auction:forwarder:{k}   2 auction:updates:{k}
--- ARGV  1 epoch of the forwarder's lease   2 most entries to read
+-- ARGV  1 epoch of the forwarder's lease   2 most entries to read   3 id of this call
 -- Returns {"OK", how the cursor stands, cursor, entries lost, entries behind the cursor, the first of them}
 --         {"FENCED", epoch}
 --
 -- How it stands: "begun" at the lane's end (there was none yet, or none that can be read), "back" (the lane ended before it), or "kept".
 -- `passed` counts the lane's entries up to the cursor, and Redis counts all that were ever added; so what was trimmed
--- before it was read is known exactly.
+-- before it was read is known exactly. It is told once, and again to a repetition of the call: the first answer may be lost.
 local forwarder, updates = KEYS[1], KEYS[2]
-local seen = redis.pcall('HMGET', forwarder, 'epoch', 'cursor', 'passed')
+local seen = redis.pcall('HMGET', forwarder, 'epoch', 'cursor', 'passed', 'asked', 'standing', 'lost')
 if (seen[1] or '0') ~= ARGV[1] then
   return {'FENCED', seen[1] or '0'}
 end
@@ -45,7 +45,10 @@ elseif passed > added then
   passed = trimmed
 end
 if standing ~= 'kept' or passed ~= tonumber(seen[3]) then
-  redis.call('HSET', forwarder, 'cursor', cursor, 'passed', string.format('%.0f', passed))
+  redis.call('HSET', forwarder, 'cursor', cursor, 'passed', string.format('%.0f', passed),
+    'asked', ARGV[3], 'standing', standing, 'lost', string.format('%.0f', lost))
+elseif seen[4] == ARGV[3] then
+  standing, lost = seen[5], tonumber(seen[6])
 end
 local entries = is_kept and redis.call('XRANGE', updates, '(' .. cursor, '+', 'COUNT', ARGV[2]) or {}
 return {'OK', standing, cursor, lost, added - passed, entries}

@@ -1,8 +1,10 @@
 """Tests for engine.store.forwarder, on every kind of server: the lease, the cursor beside it, and what both refuse."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
+from redis.exceptions import TimeoutError  # noqa: A004 - redis-py's own
 
 from engine.clock import SystemClock
 from engine.contract.cursors import START
@@ -71,13 +73,19 @@ class Bench:
 
 
 @pytest.fixture
-async def bench(redis_server: Server) -> AsyncIterator[Bench]:
-    """An empty server."""
-    link = redis_server.link()
+async def link(redis_server: Server) -> AsyncIterator[RedisLink]:
+    """To an empty server."""
+    made = redis_server.link()
     try:
-        yield Bench(link)
+        yield made
     finally:
-        await link.close()
+        await made.close()
+
+
+@pytest.fixture
+async def bench(link: RedisLink) -> Bench:
+    """Shard 0 of it."""
+    return Bench(link)
 
 
 async def test_the_lease_is_one_of_its_own(bench: Bench) -> None:
@@ -170,6 +178,38 @@ async def test_what_was_trimmed_before_it_was_read_is_counted_once(bench: Bench)
     assert (await bench.pending(epoch)).lost == 0
     assert await bench.advance(epoch, found.cursor, last)
     assert (await bench.pending(epoch)).behind == 0
+
+
+async def test_what_is_told_once_is_told_again_where_the_answer_was_lost(
+    bench: Bench, link: RedisLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is repeated by itself, and the repetition says what the first try has found and settled."""
+    exchange = link._exchange
+
+    async def whose_answer_is_lost(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(link, "_exchange", exchange)
+        await exchange(*args, **options)
+        raise TimeoutError("no answer within 0.5 s")
+
+    async def repeated(epoch: int) -> Pending:
+        retries = link.retries
+        monkeypatch.setattr(link, "_exchange", whose_answer_is_lost)
+        found = await bench.pending(epoch)
+        assert link.retries == retries + 1
+        return found
+
+    await bench.announce("a-1")
+    epoch = (await bench.store.claim(0, "f-1", None)).epoch
+    assert (await repeated(epoch)).standing == "begun"
+    assert (await bench.pending(epoch)).standing == "kept"
+    *_, last = await bench.announce("a-2", "a-3", "a-4")
+    await bench.redis.execute_command("XTRIM", NAMES.updates, "MAXLEN", "=", 1)
+    found = await repeated(epoch)
+    assert (found.standing, found.lost, [entry.stream_id for entry in found.entries]) == ("kept", 2, [last])
+    assert (await repeated(epoch)).lost == 0
+    await bench.redis.delete(NAMES.updates)
+    assert (await repeated(epoch)).standing == "back"
+    assert (await bench.pending(epoch)).standing == "kept"
 
 
 async def test_a_lane_that_ends_before_the_cursor(bench: Bench) -> None:
