@@ -172,13 +172,8 @@ class Reconciler:
             drift = self._turns[0]
             if self._leading and (drift.kind is DriftKind.SHARD_TAKEN_OVER or _name(drift) not in self._standing):
                 stands = self._beats[drift.shard].lease.holder == drift.before
-                if stands:
-                    self._standing.add(_name(drift))  # before it is written: a pass may look meanwhile
-                try:
-                    await self._write_down(Finding(drift, "reported", f"rec-{uuid4().hex}"))
-                except BaseException:
-                    self._standing.discard(_name(drift))
-                    raise
+                tell = self._tell_standing if stands else self._write_down
+                await tell(Finding(drift, "reported", f"rec-{uuid4().hex}"))
             self._turns.popleft()
 
     async def _beat(self, shard: int) -> Beat:
@@ -330,11 +325,9 @@ class Reconciler:
             report.findings.append(Finding(drift, left, ""))
         for drift in planned.reported:
             finding = Finding(drift, "reported", f"rec-{uuid4().hex}")
+            report.findings.append(finding)
             if repairing and _name(drift) not in self._standing:
-                self._standing.add(_name(drift))
-                await self._note(report, finding)
-            else:
-                report.findings.append(finding)
+                await self._tell_standing(finding)
 
     async def _ask(self, repair: Repair) -> Action:
         """Append the repair to the intake; whether it is new there."""
@@ -352,6 +345,16 @@ class Reconciler:
         report.findings.append(finding)
         if finding.action not in ("pending", "deferred"):
             await self._write_down(finding)
+
+    async def _tell_standing(self, finding: Finding) -> None:
+        """Write down what stands. From before that it counts as told: a pass and the watch over the beats may both see it."""
+        name = _name(finding.drift)
+        self._standing.add(name)
+        try:
+            await self._write_down(finding)
+        except BaseException:
+            self._standing.discard(name)
+            raise
 
     async def _write_down(self, finding: Finding) -> None:
         drift = finding.drift

@@ -149,14 +149,14 @@ class LiveStack:
         timer: dict[str, Any] = answer.json()
         return timer
 
-    def until_status(self, auction_id: str, status: str) -> dict[str, Any]:
-        """Wait until an auction is known and has a status."""
+    def until_status(self, auction_id: str, *statuses: str) -> dict[str, Any]:
+        """Wait until an auction is known and has one of some statuses."""
 
         def reached() -> dict[str, Any] | None:
             answer = self.http.get(f"/auctions/{auction_id}/timer")
-            return answer.json() if answer.status_code == 200 and answer.json()["status"] == status else None
+            return answer.json() if answer.status_code == 200 and answer.json()["status"] in statuses else None
 
-        found: dict[str, Any] = until(reached, f"{auction_id} is {status}")
+        found: dict[str, Any] = until(reached, f"{auction_id} is {' or '.join(statuses)}")
         return found
 
     def is_flushed(self) -> bool:

@@ -35,7 +35,7 @@ async def test_an_offset_is_added_from_the_next_stamp_on(bench: Bench, offset_ms
     before = bench.now()
     stamp = await stamp_of(bench, "e-1", before)
     # No further from the estimate than the bound: the slower it comes, the nearer to it is a clock that is behind.
-    earliest, latest = sorted((max(-250, min(250, offset_ms)), max(-250, min(250, offset_ms + bench.now() - before))))
+    earliest, latest = [max(-250, min(250, offset_ms + after_ms)) for after_ms in (0, bench.now() - before)]
     assert max(committed.at, before + earliest) - 50 <= stamp <= max(committed.at, before + latest) + 50
     await commit(bench, SetOffset(0))
     shown = await bench.store.shard_clock(0)

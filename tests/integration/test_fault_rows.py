@@ -58,13 +58,7 @@ def auction(stack: LiveStack, lasts_ms: int) -> tuple[str, int]:
     """An auction in its closing window that no bid extends, and its end."""
     auction_id, now = fresh_id(), now_of(stack)
     stack.post(started(auction_id, now, now + lasts_ms, **EXTENDED_BY_NOBODY))
-    polled(
-        lambda: (
-            stack.http.get(f"/auctions/{auction_id}/timer").status_code == 200
-            and stack.timer(auction_id)["status"] in ("CLOSING", "ENDED")
-        ),
-        "it runs, or has run",
-    )
+    stack.until_status(auction_id, "CLOSING", "ENDED")
     return auction_id, now + lasts_ms
 
 

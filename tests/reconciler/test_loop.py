@@ -479,6 +479,23 @@ async def test_an_entry_that_can_be_no_auction_is_reported_once(rig: Rig, member
     assert rig.registry.get_sample_value("auctions_timer_corrections_total", {"kind": "entry_extra"}) == 1
 
 
+async def test_what_could_not_be_written_down_is_written_down_by_the_next_pass(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report whose writing failed does not count as told."""
+
+    async def away(_finding: Finding) -> None:
+        raise StoreUnavailableError("away")
+
+    rig.deadlines()[""] = at(5_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.reconciler, "_write_down", away)
+        with pytest.raises(StoreUnavailableError):
+            await rig.look()
+    assert kinds(await rig.look()) == [("entry_extra", "", "reported")]
+    assert len(rig.world.store.reconciliations) == 1
+
+
 async def test_an_edited_version_does_not_decide(rig: Rig) -> None:
     """A bid over a hash with another version and another end counts on what the engine holds; the hash is made whole."""
     rig.fields("active").update({"ends_at": str(at(400)), "version": "40", "policy": "{"})
